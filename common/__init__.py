@@ -1,0 +1,1 @@
+"""The leaf room: errors, settings, logs and clock. Imports no other room."""

@@ -1,0 +1,84 @@
+"""Settings, read once at the edge of each process; inside, frozen objects are handed on.
+
+What is served is no setting: that is the config DB. A misspelt ``FARMHAND_`` variable is refused by ``refuse_unknown``.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ByteSize, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from common.errors import SetupError
+
+_PREFIX = "FARMHAND_"
+S = TypeVar("S", bound="CommonSettings")
+
+
+class CommonSettings(BaseSettings):
+    """What every process needs."""
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="ignore")
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="the one logical Redis database of the farm")
+    database_url: str = Field("postgresql://127.0.0.1/farmhand", description="the config DB")
+    transport: Literal["farm", "redis"] = Field("farm", description="farm: batch pop; redis: kombu's own, the fallback")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    state_dir: Path = Field(Path(".farmhand"), description="where snapshots and caches are kept across restarts")
+    config_poll_s: float = Field(2.0, gt=0, description="how often the config epoch is polled")
+    pool: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]*$")
+    machine_profile: str = Field("cpu", pattern=r"^[a-z0-9][a-z0-9-]*$")
+    fault: str = Field("", description="tests only: name of the fault point at which this process kills itself")
+
+
+class WebSettings(CommonSettings):
+    """What the web process needs besides."""
+
+    max_body_bytes: ByteSize = Field(ByteSize(34 * 2**20), description="larger request bodies are refused with 413")
+    max_item_text_bytes: ByteSize = Field(ByteSize(2 * 2**20), description="longer texts are refused with 400")
+    max_items: int = Field(4096, gt=0, description="items one request may hold unless the model says less")
+    queue_limit: int = Field(50_000, gt=0, description="messages a queue may hold before 503 QUEUE_FULL")
+    result_ttl_s: int = Field(3600, gt=0, description="how long asynchronous results are kept")
+    sync_timeout_s: float = Field(120.0, gt=0, description="deadline of a synchronous request by default")
+    async_timeout_s: float = Field(3600.0, gt=0, description="deadline of an asynchronous request by default")
+
+
+class WorkerSettings(CommonSettings):
+    """What the Celery worker and its hosts need besides."""
+
+    hosts: int = Field(0, ge=0, description="model processes; 0: one per device, or one per core on CPU")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device_memory: ByteSize | None = Field(None, description="bytes models may hold on the device, as 4GiB; unset: measured")
+    device_fraction: float = Field(0.85, gt=0, le=1, description="share of the measured memory that models may hold")
+    model_dirs: str = Field("", description="colon-separated roots under which local model directories are allowed")
+    hub_cache: Path | None = Field(None, description="where Hub downloads are kept; unset: huggingface_hub's default")
+    extra_families: str = Field("", description="further families, as name=module:Class, comma-separated")
+    intake_max_messages: int = Field(512, gt=0, description="messages a worker holds; more fills batches, less leaves work to others")
+    intake_max_items: int = Field(8192, gt=0)
+    intake_max_tokens: int = Field(1_000_000, gt=0)
+    pop_max: int = Field(64, gt=0, description="messages taken in one round trip")
+    batch_max_items: int = Field(256, gt=0, description="items in one micro-batch")
+    batch_max_tokens: int = Field(0, ge=0, description="tokens in one micro-batch; 0: 2048 on CPU, 16384 on a GPU")
+    hang_floor_s: float = Field(5.0, gt=0, description="a measured batch is never cut earlier than this")
+    hang_unmeasured_s: float = Field(60.0, gt=0, description="a batch of a model not yet measured is cut after this")
+    drain_s: float = Field(7.0, ge=0, description="how long shutdown waits for running batches")
+
+
+def load_settings(kind: type[S], **overrides: Any) -> S:
+    """Read and check the environment once; SetupError names every bad variable in one line."""
+    refuse_unknown(os.environ)
+    try:
+        return kind(**overrides)
+    except ValidationError as error:
+        bad = "; ".join(f"{_PREFIX}{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
+        raise SetupError(f"settings refused: {bad}") from error
+
+
+def refuse_unknown(environ: Iterable[str]) -> None:
+    """Raise SetupError for ``FARMHAND_`` variables that no settings class knows (pydantic-settings would ignore them)."""
+    known = {name.upper() for kind in (CommonSettings, WebSettings, WorkerSettings) for name in kind.model_fields}
+    unknown = sorted(n for n in environ if n.startswith(_PREFIX) and n.removeprefix(_PREFIX) not in known)
+    if unknown:
+        raise SetupError(f"unknown settings: {', '.join(unknown)}; see docs/settings.md for the names")

@@ -1,0 +1,1 @@
+"""What is served, where, by whom, at which epoch: schema, epochs, catalogue, snapshot (SQLAlchemy, Postgres)."""

@@ -1,0 +1,1 @@
+"""The contract between web and workers: names, messages, codec, transport, and the client that submits and awaits."""

@@ -1,0 +1,105 @@
+"""Names of tasks, queues, lanes and Redis keys. Nothing else spells them."""
+
+from enum import StrEnum
+
+
+class Operation(StrEnum):
+    """What is asked of a model."""
+
+    ENCODE = "encode"
+    SCORE = "score"
+    EXTRACT = "extract"
+
+
+class Lane(StrEnum):
+    """Urgency classes, most urgent first. Each is a queue of its own."""
+
+    INTERACTIVE = "interactive"
+    STANDARD = "standard"
+    BATCH = "batch"
+    EXPERIMENT = "experiment"
+
+
+LANES: tuple[Lane, ...] = tuple(Lane)
+
+TASK_NAMES: dict[Operation, str] = {operation: f"farm.{operation}" for operation in Operation}
+"""The Celery task of each operation; ``workers.app`` registers a body under every one of them."""
+
+QUEUE_PREFIX = "farm."
+OPEN = "farm:open"
+"""Sorted set of admitted task ids without an outcome, scored by deadline + 60 s (farm clock)."""
+CANCELLED = "farm:cancelled"
+"""Sorted set of cancelled task ids whose message may still be queued, scored by when to forget them."""
+LOST = "farm:lost"
+"""Hash from message digest to the number of incarnations lost while that message was running."""
+INCARNATIONS = "farm:incarnations"
+"""Hash from incarnation to a JSON description of its process."""
+DEAD_LETTERS = "farm:dead"
+"""List of messages given up: JSON lines with the raw message, the queue, the reason and the instant."""
+SELF_TEST_QUEUE = "farm.self-test.{incarnation}"
+
+
+def queue_name(pool: str, machine_profile: str, lane: Lane) -> str:
+    """The queue of a pool's machine profile and lane."""
+    return f"{QUEUE_PREFIX}{pool}.{machine_profile}.{lane}"
+
+
+def lane_of(queue: str) -> Lane:
+    """The lane a queue name ends in; a queue without one is served as standard."""
+    tail = queue.rpartition(".")[2]
+    return Lane(tail) if tail in LANES else Lane.STANDARD
+
+
+def bell(queue: str) -> str:
+    """List that holds at most one token while the queue may be non-empty."""
+    return f"farm:bell:{queue}"
+
+
+def beat(incarnation: str) -> str:
+    """Heartbeat key of one worker process incarnation."""
+    return f"farm:beat:{incarnation}"
+
+
+def closing(incarnation: str) -> str:
+    """Set while an incarnation shuts down: its pops return nothing."""
+    return f"farm:closing:{incarnation}"
+
+
+def unacked(incarnation: str) -> str:
+    """Hash from tag to ``queue\\nraw message`` of what an incarnation holds."""
+    return f"farm:unacked:{incarnation}"
+
+
+def started(incarnation: str) -> str:
+    """Hash of the tags an incarnation has started to run."""
+    return f"farm:started:{incarnation}"
+
+
+def task_record(task_id: str) -> str:
+    """Hash that says an asynchronous task exists: state, model, operation, submitted."""
+    return f"farm:task:{task_id}"
+
+
+def body_key(task_id: str) -> str:
+    """Where a body over 512 KiB travels."""
+    return f"farm:body:{task_id}"
+
+
+def result_key(task_id: str) -> str:
+    """Where a result over 4 MiB travels."""
+    return f"farm:result:{task_id}"
+
+
+def celery_meta(task_id: str) -> str:
+    """Celery's result backend key; AsyncResult and Flower read it."""
+    return f"celery-task-meta-{task_id}"
+
+
+def reply_list(process: str) -> str:
+    """The list on which one web process receives its replies."""
+    return f"farm:replies:{process}"
+
+
+def usage_key(day: str) -> str:
+    """Hash of booked usage for one UTC day, ``YYYY-MM-DD``: ``tenant|model|unit`` to an integer."""
+    return f"farm:usage:{day}"

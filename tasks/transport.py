@@ -1,0 +1,335 @@
+"""kombu's Redis transport with batch pop for the farm's queues. Every other queue keeps kombu's own BRPOP.
+
+One Lua call takes many messages over several queues and records them as unacknowledged in the same step, under keys of
+one process incarnation. Between calls the connection sleeps on the bells of the queues that there is room for.
+
+Owns: which messages are asked for, and their tags. Does not own: how many there is room for (the intake says), nor
+acknowledgement (the outcome script). It leans on private parts of kombu 5.7; ``tests/unit/test_celery_contract.py``
+fails when those move.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from queue import Empty
+from time import monotonic
+from typing import Any, Final, Protocol
+
+import orjson
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import redis as kombu_redis
+from redis.exceptions import ResponseError
+
+from common.errors import MessageError
+from common.faults import fault
+from common.logs import get_logger
+from tasks import names, scripts
+from tasks.names import LANES, QUEUE_PREFIX, lane_of
+
+log = get_logger("tasks")
+
+SCHEME: Final = "farm"
+"""URLs of this transport are ``farm://host:port/db``: the same Redis, another way of reading from it."""
+BELL_WAIT_S: Final = 1
+"""The longest sleep on a bell: also the bound for messages of producers that ring none."""
+BELL_PREFIX: Final = names.bell("")
+
+
+class Room(Protocol):
+    """What the intake can still hold; asked before every pop."""
+
+    def room(self, queue: str) -> int:
+        """How many messages of this queue may be taken now."""
+
+    def total_room(self) -> int:
+        """How many messages may be taken now over all queues."""
+
+
+@dataclass(frozen=True, slots=True)
+class Popped:
+    """One message as it left its queue. ``lost`` counts the incarnations that died while running it."""
+
+    tag: int
+    queue: str
+    lost: int
+    raw: bytes
+
+
+class PopSink(Protocol):
+    """What the transport tells the worker."""
+
+    def on_popped(self, messages: Sequence[Popped], *, cancelled: int) -> None:
+        """Messages have been taken; they are delivered next. ``cancelled`` ids are known to Redis."""
+
+    def on_unreadable(self, message: Popped, error: MessageError) -> None:
+        """This message cannot be parsed and was not delivered."""
+
+    def on_gone(self) -> None:
+        """The pop refused: the incarnation's heartbeat has expired."""
+
+
+@dataclass
+class Drain:
+    """One incarnation's reading of its queues; owned by the worker's event loop.
+
+    ``tag`` counts up by what each pop may use, so that a pop whose reply was lost leaves a gap and no tag is used twice.
+    """
+
+    incarnation: str
+    room: Room
+    sink: PopSink
+    pop_max: int
+    closing: bool = False
+    tag: int = 1
+    popped: int = 0
+    turn: int = 0
+    was_full: bool = False
+    outstanding_tag: int | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def wanted(self) -> int:
+        """Messages the next pop may take."""
+        return 0 if self.closing else min(self.pop_max, self.room.total_room())
+
+    def settled_below(self) -> int:
+        """Every tag below this is either in the intake, answered, or was lost with its reply."""
+        return self.tag if self.outstanding_tag is None else self.outstanding_tag
+
+    def begin(self, queues: Sequence[str], wanted: int) -> list[Any]:
+        """The arguments of one EVALSHA that pops at most ``wanted`` messages over ``queues`` (most urgent lane first)."""
+        first_lane = lane_of(queues[0])
+        tops = sum(1 for queue in queues if lane_of(queue) is first_lane)
+        keys = [
+            names.beat(self.incarnation),
+            names.closing(self.incarnation),
+            names.unacked(self.incarnation),
+            names.LOST,
+            names.CANCELLED,
+            *queues,
+        ]
+        rooms = [self.room.room(queue) for queue in queues]
+        arguments = [tops, wanted, self.tag, self.popped, self.turn, BELL_PREFIX, *rooms]
+        self.outstanding_tag = self.tag
+        self.tag += wanted
+        return [scripts.sha("pop"), len(keys), *keys, *arguments]
+
+    def end(self, reply: Sequence[Any], queues: Sequence[str], wanted: int) -> list[Popped]:
+        """The messages of a pop's reply."""
+        self.outstanding_tag = None
+        verdict = bytes(reply[0])
+        if verdict == b"gone":
+            self.sink.on_gone()
+            return []
+        if verdict == b"closing":
+            return []
+        self.turn = int(reply[2])
+        messages = [
+            Popped(int(tag), queues[int(index) - 1], int(lost), raw)
+            for tag, index, lost, raw in zip(reply[3::4], reply[4::4], reply[5::4], reply[6::4], strict=True)
+        ]
+        self.popped += len(messages)
+        self.was_full = len(messages) >= wanted
+        if messages:
+            fault("worker.popped")
+            self.sink.on_popped(messages, cancelled=int(reply[1]))
+        return messages
+
+
+class FarmQoS(kombu_redis.QoS):
+    """Acknowledgement for messages that came through a drain: their records are the incarnation's, not kombu's."""
+
+    def can_consume(self) -> bool:
+        """Whether the intake has room; kombu's prefetch count where there is no drain."""
+        drain = self.channel.drain
+        return bool(super().can_consume()) if drain is None else drain.wanted() > 0
+
+    def append(self, message: Any, delivery_tag: Any) -> None:  # noqa: ANN401 - kombu's signature
+        """Keep kombu's own records for kombu's own messages only: the pop has recorded ours."""
+        if not isinstance(delivery_tag, int):
+            super().append(message, delivery_tag)
+
+    def ack(self, delivery_tag: Any) -> None:  # noqa: ANN401
+        """Celery acknowledges what it will not run (damaged, unknown): it goes to the dead letters."""
+        if isinstance(delivery_tag, int):
+            self.channel.give_back([delivery_tag], "dead")
+        else:
+            super().ack(delivery_tag)
+
+    def reject(self, delivery_tag: Any, requeue: bool = False) -> None:  # noqa: ANN401, FBT001, FBT002
+        """Return a message to its queue, or put it to the dead letters."""
+        if isinstance(delivery_tag, int):
+            self.channel.give_back([delivery_tag], "queue" if requeue else "dead")
+        else:
+            super().reject(delivery_tag, requeue=requeue)
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Nothing becomes visible by time: the janitor returns what dead incarnations held."""
+        if self.channel.drain is None:
+            super().restore_visible(*args, **kwargs)
+
+
+class FarmChannel(kombu_redis.Channel):
+    """A Redis channel that, given a drain, reads the farm's queues by batch pop."""
+
+    QoS = FarmQoS
+    drain: Drain | None = None
+    _asked: tuple[list[str], int, bool] | None = None
+
+    def _farm_queues(self) -> list[str]:
+        """The farm's queues this channel consumes, most urgent lane first."""
+        order = {lane: index for index, lane in enumerate(LANES)}
+        mine = [queue for queue in self.active_queues if queue.startswith(QUEUE_PREFIX)]
+        return sorted(mine, key=lambda queue: order[lane_of(queue)])
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        """Ask for messages: sleep on the bells, then pop, in one packet; without sleeping while pops come back full."""
+        drain = self.drain
+        if drain is None:
+            super()._brpop_start(timeout)
+            return
+        queues = self._farm_queues()
+        wanted = drain.wanted()
+        if not queues or wanted <= 0:
+            return
+        connection = self.client.connection
+        waits = not drain.was_full
+        packed: list[bytes] = []
+        if waits:
+            bells = [names.bell(queue) for queue in queues if drain.room.room(queue) > 0]
+            packed += connection.pack_command("BLPOP", *(bells or [names.bell(queues[0])]), BELL_WAIT_S)
+        packed += connection.pack_command("EVALSHA", *drain.begin(queues, wanted))
+        self._in_poll = connection
+        self._brpop_sent_at = monotonic()
+        self._asked = (queues, wanted, waits)
+        connection.send_packed_command(packed)
+
+    def _brpop_read(self, **options: Any) -> bool:  # noqa: ANN401
+        """Read what was asked for and deliver every message of it."""
+        if self._asked is None:
+            return bool(super()._brpop_read(**options))
+        (queues, wanted, waited), self._asked = self._asked, None
+        try:
+            reply = self._read_pop(waited)
+        finally:
+            self._in_poll = None
+        drain = self.drain
+        if reply is None or drain is None:
+            raise Empty
+        messages = drain.end(reply, queues, wanted)
+        for message in messages:
+            self._deliver_popped(drain, message)
+        if not messages:
+            raise Empty
+        return True
+
+    def _read_pop(self, waited: bool) -> Sequence[Any] | None:  # noqa: FBT001
+        connection = self.client.connection
+        try:
+            if waited:
+                connection.read_response(disable_decoding=True)
+            reply: Sequence[Any] = connection.read_response(disable_decoding=True)
+        except ResponseError as error:
+            if not str(error).startswith("NOSCRIPT"):
+                raise
+            self._load_scripts()
+            return None
+        except self.connection_errors:
+            connection.disconnect()
+            raise
+        return reply
+
+    def _load_scripts(self) -> None:
+        with self.conn_or_acquire() as client:
+            client.script_load(scripts.source("pop"))
+            client.script_load(scripts.source("give_back"))
+
+    def _deliver_popped(self, drain: Drain, message: Popped) -> None:
+        """Hand one message to kombu's consumer callback, under our tag; a damaged one goes alone to the sink."""
+        try:
+            payload = orjson.loads(message.raw)
+            payload["properties"]["delivery_tag"] = message.tag
+            payload["properties"].setdefault("delivery_info", {}).update(
+                {"routing_key": message.queue, "redelivered": message.lost > 0}
+            )
+            if not isinstance(payload["headers"], dict):
+                raise TypeError("headers are not a map")  # noqa: TRY301
+            parsed = self.Message(payload, channel=self)
+            parsed.popped = message
+        except Exception as error:  # noqa: BLE001 - whatever a hostile message breaks, it breaks alone
+            drain.sink.on_unreadable(message, MessageError(f"the message cannot be parsed: {error!r}"))
+            return
+        callback = self.connection._callbacks.get(message.queue)  # noqa: SLF001 - kombu's own map of consumers
+        if callback is None:  # the queue was cancelled between the pop and its reply
+            self.give_back([message.tag], "queue")
+        else:
+            callback(parsed)
+
+    def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:  # noqa: ANN401, FBT001
+        """As kombu does; with a drain, messages arrive parsed and are not recorded a second time."""
+        answer = super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
+        plain = self.connection._callbacks[queue]  # noqa: SLF001
+
+        def deliver(raw: Any) -> Any:  # noqa: ANN401 - a parsed message of ours, or kombu's raw map
+            return callback(raw) if isinstance(raw, self.Message) else plain(raw)
+
+        self.connection._callbacks[queue] = deliver  # noqa: SLF001
+        return answer
+
+    def give_back(self, tags: Sequence[int], where: str) -> None:
+        """Move messages of this incarnation to their queue (``queue``) or to the dead letters (``dead``)."""
+        assert self.drain is not None  # only a drain gives integer tags
+        keys = [names.unacked(self.drain.incarnation), names.started(self.drain.incarnation), names.DEAD_LETTERS]
+        with self.conn_or_acquire() as client:
+            client.eval(scripts.source("give_back"), len(keys), *keys, BELL_PREFIX, where, *sorted(tags, reverse=True))
+
+    def _restore(self, message: Any, leftmost: bool = False) -> None:  # noqa: ANN401, FBT001, FBT002
+        """kombu restores what it recorded; ours stay with their incarnation, whose intake still holds them."""
+        if not isinstance(message.delivery_tag, int):
+            super()._restore(message, leftmost)
+
+    def close(self) -> None:
+        """Detach: messages held stay with the incarnation, so that a reconnect loses and repeats nothing."""
+        self._asked_is_void()
+        super().close()
+
+    def _asked_is_void(self) -> None:
+        """Forget an unread pop: its reply goes with the connection, the worker's comparison returns its messages."""
+        if self._asked is not None:
+            self._asked, self._in_poll = None, None
+            if self.drain is not None:
+                self.drain.outstanding_tag = None
+
+
+class FarmTransport(kombu_redis.Transport):
+    """kombu's Redis transport with ``FarmChannel``. ``driver_type`` stays redis: events and control go the same way."""
+
+    Channel = FarmChannel
+
+
+def register() -> None:
+    """Make ``farm://`` known to kombu in this process."""
+    TRANSPORT_ALIASES[SCHEME] = TRANSPORT_ALIASES[f"{SCHEME}s"] = "tasks.transport:FarmTransport"
+
+
+def broker_url(redis_url: str, transport: str) -> str:
+    """The kombu URL for a Redis URL: ``farm://`` for batch pop, ``redis://`` as it is for the fallback."""
+    if transport == "redis":
+        return redis_url
+    scheme, rest = redis_url.split("://", 1)
+    return f"{SCHEME}{'s' if scheme == 'rediss' else ''}://{rest}"
+
+
+def connection_options() -> Mapping[str, Any]:
+    """Transport options of every broker connection, for both transports."""
+    return {
+        "priority_steps": [0],
+        "socket_timeout": 5,
+        "socket_connect_timeout": 1,
+        "socket_keepalive": True,
+        "health_check_interval": 2,
+        "visibility_timeout": 3600,
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        "unacked_mutex_expire": 30,
+        "client_name": "farmhand-worker",
+    }

@@ -1,0 +1,190 @@
+"""Outcome and acknowledgement: one Lua call for many requests, repeated until answered.
+
+Owns the outcomes that Redis has not confirmed. Each names the incarnation that held its message, so an outcome written
+after the incarnation was given up can never answer a second time. Owned by the event loop thread.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
+from typing import Any, Final
+
+import hiredis
+
+from common.errors import CapacityError
+from common.faults import fault
+from common.logs import get_logger
+from tasks import messages, names
+from tasks.messages import INLINE_OUTCOME_BYTES, Outcome
+from workers.intake import Held
+from workers.redis_link import RedisLink
+
+log = get_logger("workers")
+
+MESSAGES_PER_CALL: Final = 64
+REPLY_TTL_S: Final = 60
+STAGED_TTL_S: Final = 600
+"""A large blob whose outcome call never comes is forgotten after this."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    held: Held
+    outcome: Outcome
+    blob: bytes
+    kind: str
+    where: str
+    staged: str
+    fallback: bytes
+    dead: str
+
+
+class OutcomeWriter:
+    """Buffers outcomes and writes them in bulk.
+
+    Args:
+        link: the incarnation's own connection.
+        result_ttl_s: how long an asynchronous result is kept.
+        kombu_keys: unacknowledged hash and index of kombu's own transport on the fallback; None with ours.
+        on_settled: called for each held request when Redis has confirmed, with whether this call answered it.
+    """
+
+    def __init__(
+        self,
+        link: RedisLink,
+        *,
+        result_ttl_s: int,
+        kombu_keys: tuple[str, str] | None,
+        on_settled: Callable[[Held, Outcome, bool], None],
+    ) -> None:
+        self._link = link
+        self._result_ttl_s = result_ttl_s
+        self._kombu_keys = kombu_keys
+        self._on_settled = on_settled
+        self._waiting: list[_Pending] = []
+        self._unconfirmed = 0
+
+    @property
+    def unconfirmed(self) -> int:
+        """Outcomes buffered or sent that Redis has not confirmed."""
+        return len(self._waiting) + self._unconfirmed
+
+    def add(self, held: Held, outcome: Outcome, *, dead: str = "") -> None:
+        """Buffer the one outcome of a request. ``dead`` is a dead letter to keep with it."""
+        kind, where = _destination(held, outcome)
+        blob = self._blob(held, outcome, kind)
+        staged = names.result_key(held.id) if len(blob) > INLINE_OUTCOME_BYTES else ""
+        fallback = b""
+        if staged and kind == "reply":
+            fallback = messages.encode_outcome(Outcome(task_id=held.id, model=outcome.model, spec=outcome.spec, ref=staged))
+        elif staged:
+            gone = messages.failed(held.id, CapacityError("the result was too large for Redis to keep"), model=outcome.model)
+            fallback = self._blob(held, gone, kind)
+        self._waiting.append(_Pending(held, outcome, blob, kind, where, staged, fallback, dead))
+
+    def flush(self) -> None:
+        """Send what is buffered, at most 64 messages or 4 MiB a call."""
+        waiting, self._waiting = self._waiting, []
+        for _, same in groupby(waiting, key=lambda pending: pending.held.incarnation):
+            for chunk in _chunks(list(same)):
+                self._send(chunk)
+
+    def _send(self, chunk: list[_Pending]) -> None:
+        for pending in chunk:
+            if pending.staged:
+                self._link.call("SET", pending.staged, pending.blob, "EX", STAGED_TTL_S, repeat=True)
+        incarnation = chunk[0].held.incarnation
+        unacked, index = self._kombu_keys or (names.unacked(incarnation), "")
+        day = datetime.now(UTC).date().isoformat()
+        keys = [
+            unacked,
+            names.started(incarnation),
+            names.OPEN,
+            names.LOST,
+            names.DEAD_LETTERS,
+            names.usage_key(day),
+            index,
+        ]
+        arguments: list[Any] = [self._result_ttl_s, REPLY_TTL_S]
+        for pending in chunk:
+            arguments += _fields(pending)
+        self._unconfirmed += len(chunk)
+        fault("worker.before_outcome")
+        self._link.script("outcome", keys, arguments, then=lambda reply: self._on_reply(chunk, reply), repeat=True)
+
+    def _on_reply(self, chunk: list[_Pending], reply: Any) -> None:  # noqa: ANN401 - whatever hiredis gives
+        self._unconfirmed -= len(chunk)
+        if isinstance(reply, hiredis.ReplyError):
+            log.error("outcome_refused", error=str(reply), requests=len(chunk))
+            self._waiting = chunk + self._waiting  # the next tick's flush tries again
+            return
+        fault("worker.after_outcome")
+        for pending, answer in zip(chunk, reply, strict=True):
+            self._on_settled(pending.held, pending.outcome, answer == 1)
+
+    def _blob(self, held: Held, outcome: Outcome, kind: str) -> bytes:
+        if kind == "reply":
+            return messages.encode_outcome(outcome)
+        if kind == "result":
+            return messages.encode_celery_meta(outcome, held.request.operation, done_at=datetime.now(UTC).isoformat())
+        return b""
+
+
+def _destination(held: Held, outcome: Outcome) -> tuple[str, str]:
+    """How the caller hears of it: a reply on its list, Celery's result backend, or not at all."""
+    reply_to = held.request.reply_to
+    if held.ticket.asynchronous or not held.ticket.admitted:
+        return ("none", "") if held.request.ignore_result else ("result", names.celery_meta(outcome.task_id))
+    return ("reply", reply_to) if reply_to else ("none", "")
+
+
+def _fields(pending: _Pending) -> list[Any]:
+    """One message's fourteen fields, in the order ``outcome.lua`` documents."""
+    held, ticket = pending.held, pending.held.ticket
+    return [
+        held.tag,
+        held.id,
+        int(ticket.admitted),
+        pending.kind,
+        pending.where,
+        pending.fallback if pending.staged else pending.blob,
+        pending.staged,
+        names.task_record(held.id) if ticket.asynchronous and ticket.admitted else "",
+        pending.outcome.state,
+        ticket.body_key or "",
+        held.lost_digest,
+        pending.dead,
+        f"{ticket.tenant}|{ticket.model}" if pending.outcome.error is None else "",
+        held.tokens_used,
+    ]
+
+
+def _chunks(pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
+    """Split into calls of at most 64 messages or 4 MiB."""
+    chunk: list[_Pending] = []
+    size = 0
+    for one in pending:
+        weight = len(one.fallback) if one.staged else len(one.blob)
+        if chunk and (len(chunk) >= MESSAGES_PER_CALL or size + weight > INLINE_OUTCOME_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(one)
+        size += weight
+    if chunk:
+        yield chunk
+
+
+def dead_letter(held: Held, reason: str) -> str:
+    """A dead letter as the CLI shows and replays it."""
+    popped = getattr(held.request.message, "popped", None)
+    return json.dumps(
+        {
+            "task_id": held.id,
+            "queue": held.queue,
+            "reason": reason,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "raw": popped.raw.decode("utf-8", "surrogateescape") if popped else "",
+        }
+    )

@@ -1,0 +1,137 @@
+"""How a queue message becomes a held request: Celery's Request, our ticket, and the plain producers' messages.
+
+``InferenceTask.Strategy`` is Celery's own hook: called with every received message, it hands it to the dispatcher
+instead of to a pool.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+from celery import Task
+from celery.app.base import Celery
+from celery.exceptions import InvalidTaskError
+from celery.worker.request import Request as CeleryRequest
+
+from common.errors import FarmError, MessageError
+from tasks import messages
+from tasks.messages import Ticket
+from tasks.names import TASK_NAMES, Operation
+
+_OPERATIONS = {name: operation for operation, name in TASK_NAMES.items()}
+_NO_BODY: tuple[tuple[()], dict[str, Any], dict[str, Any]] = ((), {}, {})
+
+
+class Receiver(Protocol):
+    """The dispatcher, as the strategy sees it."""
+
+    def on_request(self, request: "FarmRequest", ticket: Ticket | None) -> None:
+        """A message has arrived; ``ticket`` is None for a plain Celery producer's."""
+
+    def on_revoked(self, request: "FarmRequest", *, expired: bool) -> None:
+        """Celery found the request revoked or expired."""
+
+
+class FarmRequest(CeleryRequest):
+    """Celery's view of a held message. Revocation is answered through our outcome call, not by a silent ack."""
+
+    receiver: Receiver | None = None
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: int | None, expired: bool) -> None:  # noqa: ARG002, FBT001
+        """Instead of Celery's silent acknowledgement: the request gets its one outcome."""
+        self._already_revoked = True
+        if self.receiver is not None:
+            self.receiver.on_revoked(self, expired=expired)
+
+    @property
+    def tag(self) -> Any:  # noqa: ANN401 - int with our transport, str with kombu's
+        """What names the message until it is acknowledged."""
+        return self.message.delivery_tag
+
+    @property
+    def operation(self) -> Operation:
+        """What is asked of the model."""
+        return _OPERATIONS[self.type]
+
+    @property
+    def queue(self) -> str:
+        """The queue the message came from."""
+        return str(self.delivery_info["routing_key"] or "")
+
+
+class InferenceTask(Task):
+    """One operation as a Celery task. Its body never runs in the worker: hosts run it, in micro-batches."""
+
+    abstract = True
+    acks_late = True
+    typing = False
+
+    def Strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:  # noqa: ANN401, N802 - Celery's hook
+        """Celery asks once per (re)connect how to handle messages of this task."""
+        return intake_strategy(task, app, consumer)
+
+    def run(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401, ARG002
+        """Celery calls this only when told to run eagerly, in the caller's process, where there is no model."""
+        raise FarmError(f"{self.name} runs in a worker's model process; send it to a queue instead of running it eagerly")
+
+
+def intake_strategy(task: Task, app: Celery, consumer: Any) -> Callable[..., None]:  # noqa: ANN401
+    """The handler of received messages: build the request, announce it, hand it to the dispatcher."""
+    receiver: Receiver = consumer.receiver
+    hostname, connection_errors = consumer.hostname, consumer.connection_errors
+    eventer = consumer.event_dispatcher
+    sends_events = bool(eventer and eventer.enabled and task.send_events)
+    revoked = consumer.controller.state.revoked
+
+    def handle(message: Any, payload: Any, ack: Any, reject: Any, callbacks: Any) -> None:  # noqa: ANN401, ARG001
+        try:
+            ticket = messages.read_ticket(message.headers)
+        except MessageError as error:
+            raise InvalidTaskError(str(error)) from error
+        request = FarmRequest(
+            message,
+            on_ack=ack,
+            on_reject=reject,
+            app=app,
+            hostname=hostname,
+            eventer=eventer,
+            task=task,
+            connection_errors=connection_errors,
+            body=_NO_BODY,
+            headers=message.headers,
+            decoded=True,
+        )
+        request.receiver = receiver
+        if sends_events:
+            request.send_event(
+                "task-received",
+                uuid=request.id,
+                name=request.name,
+                args=request.argsrepr,
+                kwargs=request.kwargsrepr,
+                root_id=request.root_id,
+                parent_id=request.parent_id,
+                retries=request.request_dict.get("retries", 0),
+                eta=request.eta and request.eta.isoformat(),
+                expires=request.expires and request.expires.isoformat(),
+            )
+        receiver.on_request(request, ticket)
+        if request.expires or request.id in revoked:
+            request.revoked()
+
+    return handle
+
+
+def read_foreign(request: FarmRequest) -> tuple[str, messages.Request]:
+    """Model and request of a plain Celery producer's message: ``farm.encode(model, request)``, positional or by name.
+
+    Raises:
+        MessageError: the arguments are not a model's name and a request.
+    """
+    try:
+        payload = request.message.decode()
+        args, kwargs, _ = payload
+        values = dict(zip(("model", "request"), args, strict=False)) | dict(kwargs)
+        return msgspec.convert((values["model"], values["request"]), tuple[str, messages.Request], strict=True)
+    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        raise MessageError(f"{request.type} takes a model's name and a request with items: {error}") from error
