@@ -1,29 +1,29 @@
 """The one error tree. Codes are public: clients branch on them and they cross the queue.
 
-    FarmError                      INTERNAL_ERROR
-    +- RequestError                INVALID_INPUT          the caller's fault; ``param`` names the field
-    |  +- NotFoundError            NOT_FOUND
-    |  |  +- ModelNotFoundError    MODEL_NOT_FOUND
-    |  |  +- TaskNotFoundError     TASK_NOT_FOUND
-    |  +- MethodNotAllowedError    METHOD_NOT_ALLOWED
-    |  +- MediaTypeError           UNSUPPORTED_MEDIA_TYPE
-    |  +- InputTooLongError        INPUT_TOO_LONG         one input is longer than the model takes
-    |  +- BodyTooLargeError        INPUT_TOO_LONG         the whole body is over the limit
-    +- CapacityError               RESOURCE_EXHAUSTED     try again after ``retry_after_s``
-    |  +- QueueFullError           QUEUE_FULL
-    |  +- ResidencyFullError       RESOURCE_EXHAUSTED     every resident model is leased, or the model cannot fit
-    |  +- ModelLoadingError        MODEL_LOADING          the deadline would pass before the model is loaded
-    |  +- QueueUnavailableError    QUEUE_UNAVAILABLE      Redis does not answer
-    |  +- ConfigUnavailableError   CONFIG_UNAVAILABLE     Postgres does not answer
-    +- ModelLoadError              MODEL_LOAD_FAILED      the model cannot be loaded; ``details`` say why
-    +- InferenceError              INFERENCE_ERROR        the model failed on this request
-    +- WorkerLostError             WORKER_LOST            workers died with this request running
-    +- DeadlineExceededError       DEADLINE_EXCEEDED
-    +- CancelledError              CANCELLED
-    +- EpochConflictError          EPOCH_CONFLICT
-    +- MessageError                MESSAGE_REFUSED        a queue message that is not ours or is damaged
-    +- HostLostError               INFERENCE_ERROR        the model process died (segfault, kill, hang)
-    +- SetupError                  SETUP_FAILED           the farm cannot start; one clear line for the operator
+FarmError                      INTERNAL_ERROR
++- RequestError                INVALID_INPUT          the caller's fault; ``param`` names the field
+|  +- NotFoundError            NOT_FOUND
+|  |  +- ModelNotFoundError    MODEL_NOT_FOUND
+|  |  +- TaskNotFoundError     TASK_NOT_FOUND
+|  +- MethodNotAllowedError    METHOD_NOT_ALLOWED
+|  +- MediaTypeError           UNSUPPORTED_MEDIA_TYPE
+|  +- InputTooLongError        INPUT_TOO_LONG         one input is longer than the model takes
+|  +- BodyTooLargeError        INPUT_TOO_LONG         the whole body is over the limit
++- CapacityError               RESOURCE_EXHAUSTED     try again after ``retry_after_s``
+|  +- QueueFullError           QUEUE_FULL
+|  +- ResidencyFullError       RESOURCE_EXHAUSTED     every resident model is leased, or the model cannot fit
+|  +- ModelLoadingError        MODEL_LOADING          the deadline would pass before the model is loaded
+|  +- QueueUnavailableError    QUEUE_UNAVAILABLE      Redis does not answer
+|  +- ConfigUnavailableError   CONFIG_UNAVAILABLE     Postgres does not answer
++- ModelLoadError              MODEL_LOAD_FAILED      the model cannot be loaded; ``details`` say why
++- InferenceError              INFERENCE_ERROR        the model failed on this request
++- WorkerLostError             WORKER_LOST            workers died with this request running
++- DeadlineExceededError       DEADLINE_EXCEEDED
++- CancelledError              CANCELLED
++- EpochConflictError          EPOCH_CONFLICT
++- MessageError                MESSAGE_REFUSED        a queue message that is not ours or is damaged
++- HostLostError               INFERENCE_ERROR        the model process died (segfault, kill, hang)
++- SetupError                  SETUP_FAILED           the farm cannot start; one clear line for the operator
 """
 
 from collections.abc import Mapping

@@ -11,7 +11,7 @@ _armed = ""
 
 def arm(point: str) -> None:
     """Name the point at which this process shall die; empty disarms."""
-    global _armed  # noqa: PLW0603 - one per process, set once at start
+    global _armed
     _armed = point
 
 

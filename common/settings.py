@@ -30,6 +30,7 @@ class CommonSettings(BaseSettings):
     config_poll_s: float = Field(2.0, gt=0, description="how often the config epoch is polled")
     pool: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]*$")
     machine_profile: str = Field("cpu", pattern=r"^[a-z0-9][a-z0-9-]*$")
+    result_ttl_s: int = Field(3600, gt=0, description="how long asynchronous results are kept")
     fault: str = Field("", description="tests only: name of the fault point at which this process kills itself")
 
 
@@ -40,7 +41,6 @@ class WebSettings(CommonSettings):
     max_item_text_bytes: ByteSize = Field(ByteSize(2 * 2**20), description="longer texts are refused with 400")
     max_items: int = Field(4096, gt=0, description="items one request may hold unless the model says less")
     queue_limit: int = Field(50_000, gt=0, description="messages a queue may hold before 503 QUEUE_FULL")
-    result_ttl_s: int = Field(3600, gt=0, description="how long asynchronous results are kept")
     sync_timeout_s: float = Field(120.0, gt=0, description="deadline of a synchronous request by default")
     async_timeout_s: float = Field(3600.0, gt=0, description="deadline of an asynchronous request by default")
 
@@ -50,12 +50,16 @@ class WorkerSettings(CommonSettings):
 
     hosts: int = Field(0, ge=0, description="model processes; 0: one per device, or one per core on CPU")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    device_memory: ByteSize | None = Field(None, description="bytes models may hold on the device, as 4GiB; unset: measured")
+    device_memory: ByteSize | None = Field(
+        None, description="bytes models may hold on the device, as 4GiB; unset: measured"
+    )
     device_fraction: float = Field(0.85, gt=0, le=1, description="share of the measured memory that models may hold")
     model_dirs: str = Field("", description="colon-separated roots under which local model directories are allowed")
     hub_cache: Path | None = Field(None, description="where Hub downloads are kept; unset: huggingface_hub's default")
     extra_families: str = Field("", description="further families, as name=module:Class, comma-separated")
-    intake_max_messages: int = Field(512, gt=0, description="messages a worker holds; more fills batches, less leaves work to others")
+    intake_max_messages: int = Field(
+        512, gt=0, description="messages a worker holds; more fills batches, less leaves work to others"
+    )
     intake_max_items: int = Field(8192, gt=0)
     intake_max_tokens: int = Field(1_000_000, gt=0)
     pop_max: int = Field(64, gt=0, description="messages taken in one round trip")
@@ -77,7 +81,7 @@ def load_settings(kind: type[S], **overrides: Any) -> S:
 
 
 def refuse_unknown(environ: Iterable[str]) -> None:
-    """Raise SetupError for ``FARMHAND_`` variables that no settings class knows (pydantic-settings would ignore them)."""
+    """Raise SetupError for ``FARMHAND_`` variables that no settings class knows: pydantic-settings ignores them."""
     known = {name.upper() for kind in (CommonSettings, WebSettings, WorkerSettings) for name in kind.model_fields}
     unknown = sorted(n for n in environ if n.startswith(_PREFIX) and n.removeprefix(_PREFIX) not in known)
     if unknown:

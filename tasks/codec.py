@@ -13,7 +13,9 @@ import orjson
 
 from common.errors import RequestError
 
-_ALLOWED: Final = frozenset(f"{order}{kind}" for order in "<>" for kind in ("f2", "f4", "f8", "i2", "i4", "i8", "u2", "u4", "u8"))
+_ALLOWED: Final = frozenset(
+    f"{order}{kind}" for order in "<>" for kind in ("f2", "f4", "f8", "i2", "i4", "i8", "u2", "u4", "u8")
+)
 _ALLOWED_BYTES: Final = frozenset({"|b1", "|i1", "|u1"})
 MAX_DIMENSIONS: Final = 8
 
@@ -38,7 +40,11 @@ def array_of(wire: dict[Any, Any], *, param: str | None = None) -> npt.NDArray[A
     kind, shape, data = wire.get(b"type"), wire.get(b"shape", ()), wire.get(b"data")
     if kind not in _ALLOWED and kind not in _ALLOWED_BYTES:
         raise RequestError(f"array type {kind!r} is not one of the numeric types", param=param)
-    if not isinstance(shape, (list, tuple)) or len(shape) > MAX_DIMENSIONS or any(not isinstance(n, int) or n < 0 for n in shape):
+    if (
+        not isinstance(shape, (list, tuple))
+        or len(shape) > MAX_DIMENSIONS
+        or any(not isinstance(n, int) or n < 0 for n in shape)
+    ):
         raise RequestError("an array's shape is a list of at most eight non-negative integers", param=param)
     dtype = np.dtype(str(kind))
     size = dtype.itemsize
@@ -54,17 +60,17 @@ def is_array(value: object) -> bool:
     return isinstance(value, dict) and b"nd" in value
 
 
-def pack(value: Any) -> bytes:  # noqa: ANN401 - any msgpack-able value
+def pack(value: Any) -> bytes:
     """msgpack, with arrays as ``array_map``."""
     return msgspec.msgpack.encode(value, enc_hook=_enc_hook)
 
 
-def unpack(raw: bytes | memoryview) -> Any:  # noqa: ANN401
+def unpack(raw: bytes | memoryview) -> Any:
     """Decode msgpack; maps that are arrays stay maps (see ``array_of``)."""
     return _decoder.decode(raw)
 
 
-def jsonable(value: Any) -> Any:  # noqa: ANN401
+def jsonable(value: Any) -> Any:
     """A decoded msgpack value as JSON can carry it: arrays become numpy arrays, which ``dump_json`` writes as lists."""
     if isinstance(value, dict):
         if b"nd" in value:
@@ -76,7 +82,7 @@ def jsonable(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def dump_json(value: Any) -> bytes:  # noqa: ANN401
+def dump_json(value: Any) -> bytes:
     """JSON through orjson, numpy arrays included."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 

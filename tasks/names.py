@@ -66,7 +66,7 @@ def closing(incarnation: str) -> str:
 
 
 def unacked(incarnation: str) -> str:
-    """Hash from tag to ``queue\\nraw message`` of what an incarnation holds."""
+    r"""Hash from tag to ``queue\nraw message`` of what an incarnation holds."""
     return f"farm:unacked:{incarnation}"
 
 

@@ -72,7 +72,7 @@ class PopSink(Protocol):
 class Drain:
     """One incarnation's reading of its queues; owned by the worker's event loop.
 
-    ``tag`` counts up by what each pop may use, so that a pop whose reply was lost leaves a gap and no tag is used twice.
+    ``tag`` counts up by what each pop may use, so that a lost reply leaves a gap and no tag is used twice.
     """
 
     incarnation: str
@@ -85,6 +85,7 @@ class Drain:
     turn: int = 0
     was_full: bool = False
     outstanding_tag: int | None = None
+    asked_by: str = ""
     counts: Counter[str] = field(default_factory=Counter)
 
     def wanted(self) -> int:
@@ -96,7 +97,7 @@ class Drain:
         return self.tag if self.outstanding_tag is None else self.outstanding_tag
 
     def begin(self, queues: Sequence[str], wanted: int) -> list[Any]:
-        """The arguments of one EVALSHA that pops at most ``wanted`` messages over ``queues`` (most urgent lane first)."""
+        """The arguments of one EVALSHA that pops at most ``wanted`` messages over ``queues``, most urgent first."""
         first_lane = lane_of(queues[0])
         tops = sum(1 for queue in queues if lane_of(queue) is first_lane)
         keys = [
@@ -109,7 +110,7 @@ class Drain:
         ]
         rooms = [self.room.room(queue) for queue in queues]
         arguments = [tops, wanted, self.tag, self.popped, self.turn, BELL_PREFIX, *rooms]
-        self.outstanding_tag = self.tag
+        self.outstanding_tag, self.asked_by = self.tag, self.incarnation
         self.tag += wanted
         return [scripts.sha("pop"), len(keys), *keys, *arguments]
 
@@ -117,10 +118,10 @@ class Drain:
         """The messages of a pop's reply."""
         self.outstanding_tag = None
         verdict = bytes(reply[0])
+        if self.asked_by != self.incarnation or verdict == b"closing":
+            return []  # a former incarnation's messages are the janitor's
         if verdict == b"gone":
             self.sink.on_gone()
-            return []
-        if verdict == b"closing":
             return []
         self.turn = int(reply[2])
         messages = [
@@ -143,26 +144,26 @@ class FarmQoS(kombu_redis.QoS):
         drain = self.channel.drain
         return bool(super().can_consume()) if drain is None else drain.wanted() > 0
 
-    def append(self, message: Any, delivery_tag: Any) -> None:  # noqa: ANN401 - kombu's signature
+    def append(self, message: Any, delivery_tag: Any) -> None:
         """Keep kombu's own records for kombu's own messages only: the pop has recorded ours."""
         if not isinstance(delivery_tag, int):
             super().append(message, delivery_tag)
 
-    def ack(self, delivery_tag: Any) -> None:  # noqa: ANN401
+    def ack(self, delivery_tag: Any) -> None:
         """Celery acknowledges what it will not run (damaged, unknown): it goes to the dead letters."""
         if isinstance(delivery_tag, int):
             self.channel.give_back([delivery_tag], "dead")
         else:
             super().ack(delivery_tag)
 
-    def reject(self, delivery_tag: Any, requeue: bool = False) -> None:  # noqa: ANN401, FBT001, FBT002
+    def reject(self, delivery_tag: Any, requeue: bool = False) -> None:
         """Return a message to its queue, or put it to the dead letters."""
         if isinstance(delivery_tag, int):
             self.channel.give_back([delivery_tag], "queue" if requeue else "dead")
         else:
             super().reject(delivery_tag, requeue=requeue)
 
-    def restore_visible(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
         """Nothing becomes visible by time: the janitor returns what dead incarnations held."""
         if self.channel.drain is None:
             super().restore_visible(*args, **kwargs)
@@ -174,6 +175,16 @@ class FarmChannel(kombu_redis.Channel):
     QoS = FarmQoS
     drain: Drain | None = None
     _asked: tuple[list[str], int, bool] | None = None
+
+    @property
+    def has_asked(self) -> bool:
+        """Whether a pop is under way."""
+        return self._asked is not None
+
+    def attach(self, drain: Drain) -> None:
+        """Read the farm's queues through this drain."""
+        self._load_scripts()
+        self.drain = drain
 
     def _farm_queues(self) -> list[str]:
         """The farm's queues this channel consumes, most urgent lane first."""
@@ -203,7 +214,7 @@ class FarmChannel(kombu_redis.Channel):
         self._asked = (queues, wanted, waits)
         connection.send_packed_command(packed)
 
-    def _brpop_read(self, **options: Any) -> bool:  # noqa: ANN401
+    def _brpop_read(self, **options: Any) -> bool:
         """Read what was asked for and deliver every message of it."""
         if self._asked is None:
             return bool(super()._brpop_read(**options))
@@ -222,7 +233,7 @@ class FarmChannel(kombu_redis.Channel):
             raise Empty
         return True
 
-    def _read_pop(self, waited: bool) -> Sequence[Any] | None:  # noqa: FBT001
+    def _read_pop(self, waited: bool) -> Sequence[Any] | None:
         connection = self.client.connection
         try:
             if waited:
@@ -264,12 +275,12 @@ class FarmChannel(kombu_redis.Channel):
         else:
             callback(parsed)
 
-    def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:  # noqa: ANN401, FBT001
+    def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:
         """As kombu does; with a drain, messages arrive parsed and are not recorded a second time."""
         answer = super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
         plain = self.connection._callbacks[queue]  # noqa: SLF001
 
-        def deliver(raw: Any) -> Any:  # noqa: ANN401 - a parsed message of ours, or kombu's raw map
+        def deliver(raw: Any) -> Any:
             return callback(raw) if isinstance(raw, self.Message) else plain(raw)
 
         self.connection._callbacks[queue] = deliver  # noqa: SLF001
@@ -282,8 +293,8 @@ class FarmChannel(kombu_redis.Channel):
         with self.conn_or_acquire() as client:
             client.eval(scripts.source("give_back"), len(keys), *keys, BELL_PREFIX, where, *sorted(tags, reverse=True))
 
-    def _restore(self, message: Any, leftmost: bool = False) -> None:  # noqa: ANN401, FBT001, FBT002
-        """kombu restores what it recorded; ours stay with their incarnation, whose intake still holds them."""
+    def _restore(self, message: Any, leftmost: bool = False) -> None:
+        """Kombu restores what it recorded; ours stay with their incarnation, whose intake still holds them."""
         if not isinstance(message.delivery_tag, int):
             super()._restore(message, leftmost)
 

@@ -31,7 +31,9 @@ def check_redis(client: "redis.Redis") -> None:
         raise SetupError(f"Redis {version} is too old: the farm needs 6.2 or newer")
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
-        raise SetupError(f"Redis evicts keys when full (maxmemory-policy {policy}): set it to noeviction, or requests get lost")
+        raise SetupError(
+            f"Redis evicts keys when full (maxmemory-policy {policy}): set it to noeviction, or requests get lost"
+        )
     if not int(info.get("aof_enabled", 0)):
         log.warning("redis_without_appendonly", hint="a Redis restart loses what is queued")
 
@@ -44,7 +46,13 @@ def self_test(client: "redis.Redis") -> None:
     """
     incarnation = f"self-test-{uuid4().hex}"
     queue = names.SELF_TEST_QUEUE.format(incarnation=incarnation)
-    keys = [names.beat(incarnation), names.closing(incarnation), names.unacked(incarnation), names.LOST, names.CANCELLED]
+    keys = [
+        names.beat(incarnation),
+        names.closing(incarnation),
+        names.unacked(incarnation),
+        names.LOST,
+        names.CANCELLED,
+    ]
     sent = b'{"self": "test"}'
     try:
         client.set(names.beat(incarnation), "1", ex=10)
@@ -64,7 +72,7 @@ def self_test(client: "redis.Redis") -> None:
         raise SetupError("the self-test through Redis failed: the message did not come back as it was sent")
 
 
-def sync_clock(client: "redis.Redis", clock: FarmClock, monotonic: Any) -> None:  # noqa: ANN401
+def sync_clock(client: "redis.Redis", clock: FarmClock, monotonic: Any) -> None:
     """Measure this process's offset to Redis TIME."""
     asked_at = monotonic()
     answer: Any = client.time()

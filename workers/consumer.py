@@ -16,7 +16,7 @@ RECONNECT_S: Final = 0.5
 class FarmConsumer(Consumer):
     """Consumer of a farm worker."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["without_gossip"] = kwargs["without_mingle"] = True
         super().__init__(*args, **kwargs)
 
@@ -26,14 +26,19 @@ class FarmConsumer(Consumer):
         receiver: Receiver = self.controller.farm.dispatcher
         return receiver
 
-    def ensure_connected(self, conn: Any) -> Any:  # noqa: ANN401
+    def ensure_connected(self, conn: Any) -> Any:
         """Try until the broker answers, every half second, whatever Celery's own back-off would be."""
 
         def refused(error: Exception, interval: float) -> None:  # noqa: ARG001 - kombu's signature
             log.warning("broker_refused", url=conn.as_uri(), error=str(error))
 
         connected = conn.ensure_connection(
-            refused, None, interval_start=RECONNECT_S, interval_step=0, interval_max=RECONNECT_S, callback=maybe_shutdown
+            refused,
+            None,
+            interval_start=RECONNECT_S,
+            interval_step=0,
+            interval_max=RECONNECT_S,
+            callback=maybe_shutdown,
         )
         self.first_connection_attempt = False
         return connected

@@ -4,7 +4,7 @@ The worker's event loop calls in: the transport with messages, the hosts with re
 blocks or computes. Owns the running batches and what is parked (fetching a large body, waiting for an epoch or an ETA).
 
 What dies and what happens here:
-  host        its running batch is halved until the culprit stands alone; a request fails when it kills a host alone twice
+  host        its running batch is halved until the culprit stands alone; one that kills two hosts alone fails
   Redis       outcomes wait in the link and are repeated; held requests stay held
   this worker its incarnation's records go back to the queues (janitor); nothing of this state matters any more
 """
@@ -54,7 +54,7 @@ class Specs(Protocol):
     """The config snapshot, as the dispatcher reads it (``config_db.snapshot.SnapshotReader``)."""
 
     @property
-    def current(self) -> Any:  # noqa: ANN401 - config_db's Snapshot
+    def current(self) -> Any:
         """The snapshot now held."""
 
     def spec(self, digest: str) -> ModelSpec | None:
@@ -103,7 +103,7 @@ class Dispatcher:
         specs: Specs,
         clock: FarmClock,
         limits: DispatchLimits,
-        lanes_incarnation: Callable[[], str],
+        incarnation: Callable[[], str],
     ) -> None:
         self.intake = intake
         self._scheduler = scheduler
@@ -111,7 +111,7 @@ class Dispatcher:
         self._specs = specs
         self._clock = clock
         self._limits = limits
-        self._incarnation = lanes_incarnation
+        self._incarnation = incarnation
         self.hosts: HostPool
         self.outcomes: OutcomeWriter
         self.on_residency: Callable[[], None] = lambda: None
@@ -128,7 +128,7 @@ class Dispatcher:
 
     # -- what the worker's steps ask ----------------------------------------------------------------------------
 
-    def register(self, hub: Any) -> None:  # noqa: ANN401 - kombu's Hub is untyped
+    def register(self, hub: Any) -> None:
         """Use this hub from now on; Celery forgot the held requests on a reconnect, so they are named to it again."""
         self._hub = hub
         self._kick_due = False
@@ -152,6 +152,8 @@ class Dispatcher:
             self._forget_works(held)
             celery_state.task_ready(held.request)
         self._awaiting_epoch.clear()
+        for running in self._running.values():
+            self._scheduler.finished(running.pick)
         self._running.clear()
         return left
 
@@ -183,6 +185,8 @@ class Dispatcher:
 
     def on_request(self, request: FarmRequest, ticket: Ticket | None) -> None:
         """Take a request in and make it ready to be scheduled."""
+        if request.tag in self.intake:  # kombu's own transport restored what is held already; its record stands again
+            return
         refusal: FarmError | None = None
         body: bytes = request.message.body
         if ticket is None:
@@ -194,7 +198,9 @@ class Dispatcher:
         if refusal is not None:
             self._settle(held, messages.failed(held.id, refusal))
         elif held.lost >= LOSSES_UNTIL_DEAD:
-            lost = WorkerLostError(f"{held.lost} workers died while running this request; it is kept in the dead letters")
+            lost = WorkerLostError(
+                f"{held.lost} workers died while running this request; it is kept in the dead letters"
+            )
             self._settle(held, messages.failed(held.id, lost, model=ticket.model), dead=dead_letter(held, lost.code))
         elif request.eta is not None:
             self._hold_until_eta(held)
@@ -209,7 +215,9 @@ class Dispatcher:
         if held is None:
             return
         error: FarmError = (
-            DeadlineExceededError("the task expired before it was started") if expired else CancelledError("the task was revoked")
+            DeadlineExceededError("the task expired before it was started")
+            if expired
+            else CancelledError("the task was revoked")
         )
         self._settle(held, messages.failed(held.id, error, model=held.ticket.model))
 
@@ -218,6 +226,9 @@ class Dispatcher:
     def on_host_ready(self, host: int) -> None:
         """A host can be given work."""
         log.info("host_ready", host=host)
+        for spec in self._specs.current.models.values():
+            if spec.preload:
+                self.hosts.load(host, spec)
         self.on_residency()
         self._kick_soon()
 
@@ -255,7 +266,7 @@ class Dispatcher:
 
     def on_model(self, host: int, spec_digest: str, event: str, detail: dict[str, Any]) -> None:
         """Residency changed on a host."""
-        log.info(f"model_{event}", host=host, spec=spec_digest, **detail)
+        log.info("residency_changed", host=host, spec=spec_digest, change=event, **detail)
         if event == "loaded":
             self._scheduler.note_load(monotonic(), spec_digest, float(detail.get("load_s", 0.0)))
         self.on_residency()
@@ -305,7 +316,9 @@ class Dispatcher:
 
     def _stub_ticket(self, request: FarmRequest) -> Ticket:
         now = self._clock.now()
-        expires = maybe_make_aware(request.expires).timestamp() if request.expires else now + self._limits.default_timeout_s
+        expires = (
+            maybe_make_aware(request.expires).timestamp() if request.expires else now + self._limits.default_timeout_s
+        )
         return Ticket(
             model="",
             spec="",
@@ -331,7 +344,7 @@ class Dispatcher:
             self._ready(held)
             return
 
-        def fetched(reply: Any) -> None:  # noqa: ANN401 - whatever hiredis gives
+        def fetched(reply: Any) -> None:
             if isinstance(reply, bytes):
                 held.body = reply
                 self._ready(held)
@@ -354,7 +367,9 @@ class Dispatcher:
         if spec is None:
             return
         try:
-            bodies = cut_body(held.ticket, held.body, max_items=self._limits.max_items, max_tokens=self._tokens_of(spec))
+            bodies = cut_body(
+                held.ticket, held.body, max_items=self._limits.max_items, max_tokens=self._tokens_of(spec)
+            )
         except MessageError as error:
             self._settle(held, messages.failed(held.id, error, model=held.ticket.model))
             return
@@ -398,7 +413,7 @@ class Dispatcher:
         return spec.limits.max_batch_tokens or self._limits.max_tokens
 
     def _ask_cancelled(self, waiting: list[Held], then: Callable[[Held], None]) -> None:
-        def answered(reply: Any) -> None:  # noqa: ANN401 - whatever hiredis gives
+        def answered(reply: Any) -> None:
             scores = reply if isinstance(reply, list) else [None] * len(waiting)
             for held, score in zip(waiting, scores, strict=True):
                 if score is None:
@@ -504,7 +519,9 @@ class Dispatcher:
         held.tokens_used += result.tokens
         held.request.worker_pid = host
         if result.error is not None:
-            self._settle(held, Outcome(task_id=held.id, model=held.ticket.model, spec=held.ticket.spec, error=result.error))
+            self._settle(
+                held, Outcome(task_id=held.id, model=held.ticket.model, spec=held.ticket.spec, error=result.error)
+            )
             return
         held.results[part.place] = result.result
         held.slices_left -= 1
@@ -533,7 +550,7 @@ class Dispatcher:
         if self._hub is not None:
             self._hub.call_soon(self.outcomes.flush)
 
-    def on_settled(self, held: Held, outcome: Outcome, answered: bool) -> None:  # noqa: FBT001
+    def on_settled(self, held: Held, outcome: Outcome, answered: bool) -> None:
         """Redis has confirmed: tell kombu and Celery, and make room."""
         self.intake.remove(held)
         request = held.request
@@ -541,8 +558,9 @@ class Dispatcher:
         qos = request.message.channel.qos if request.message.channel else None
         if qos is not None and isinstance(held.tag, str):
             qos._dirty.add(held.tag)  # noqa: SLF001 - kombu's set of acknowledged tags; the record itself is gone
-        celery_state.task_ready(request, successful=answered and outcome.error is None)
-        _send_final_event(held, outcome)
+        celery_state.task_ready(request)
+        if answered:
+            _send_final_event(held, outcome)
 
     def _forget_works(self, held: Held) -> None:
         for work in held.works:
@@ -631,4 +649,6 @@ def _send_final_event(held: Held, outcome: Outcome) -> None:
     elif outcome.state == "cancelled":
         request.send_event("task-revoked", terminated=False, signum=None, expired=False)
     else:
-        request.send_event("task-failed", exception=f"{outcome.error['code']}: {outcome.error['message']}", traceback="")
+        request.send_event(
+            "task-failed", exception=f"{outcome.error['code']}: {outcome.error['message']}", traceback=""
+        )

@@ -1,8 +1,8 @@
 """The life of one process incarnation: a uuid, its heartbeat key, and what it tells others about itself.
 
 States: unborn -> alive (the key is set) -> closing (pops return nothing) -> dead (the key is gone). A worker that was
-frozen past the key's life, or whose Redis was away that long, finds itself dead and is born again under a new uuid; what
-it held goes back to the queues by the janitor. Owned by the event loop thread.
+frozen past the key's life, or whose Redis was away that long, finds itself dead and is born again under a new uuid;
+what it held goes back to the queues by the janitor. Owned by the event loop thread.
 """
 
 import json
@@ -30,10 +30,12 @@ class Heartbeat:
     Args:
         link: the incarnation's own connection.
         describe: what other processes may know of this worker, JSON-able.
-        on_reborn: called after a new uuid was taken: drop the intake.
+        on_reborn: called with the former uuid after a new one was taken: drop the intake.
     """
 
-    def __init__(self, link: RedisLink, *, describe: Callable[[], dict[str, Any]], on_reborn: Callable[[], None]) -> None:
+    def __init__(
+        self, link: RedisLink, *, describe: Callable[[], dict[str, Any]], on_reborn: Callable[[str], None]
+    ) -> None:
         self.incarnation = uuid4().hex
         self.is_alive = False
         self._link = link
@@ -46,7 +48,7 @@ class Heartbeat:
         """Set the heartbeat key. Its life is renewed with EXPIRE, which a full Redis still accepts."""
         incarnation = self.incarnation
 
-        def born(reply: Any) -> None:  # noqa: ANN401 - whatever hiredis gives
+        def born(reply: Any) -> None:
             if incarnation == self.incarnation and not isinstance(reply, (hiredis.ReplyError, LinkLostError)):
                 self.is_alive = True
                 log.info("incarnation_born", incarnation=incarnation)
@@ -62,7 +64,7 @@ class Heartbeat:
             self.be_born()
             return
 
-        def beaten(reply: Any) -> None:  # noqa: ANN401
+        def beaten(reply: Any) -> None:
             if reply == 0 and incarnation == self.incarnation:
                 self.be_reborn()
 
@@ -75,7 +77,7 @@ class Heartbeat:
         if text == self._told:
             return
 
-        def told(reply: Any) -> None:  # noqa: ANN401
+        def told(reply: Any) -> None:
             if isinstance(reply, (hiredis.ReplyError, LinkLostError)):
                 self._told = ""
 
@@ -88,8 +90,8 @@ class Heartbeat:
             return
         log.warning("incarnation_lost", incarnation=self.incarnation)
         self.is_alive = False
-        self.incarnation = uuid4().hex
-        self._on_reborn()
+        former, self.incarnation = self.incarnation, uuid4().hex
+        self._on_reborn(former)
         self.be_born()
 
     def close(self) -> None:
@@ -100,5 +102,7 @@ class Heartbeat:
     def die(self) -> None:
         """Nothing is held any more: leave no trace."""
         self.is_alive = False
-        self._link.call("DEL", names.beat(self.incarnation), names.started(self.incarnation))
+        self._link.call(
+            "DEL", names.beat(self.incarnation), names.started(self.incarnation), names.closing(self.incarnation)
+        )
         self._link.call("HDEL", names.INCARNATIONS, self.incarnation)

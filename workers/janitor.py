@@ -31,15 +31,17 @@ class Janitor:
         """Look which incarnations are silent; called every second."""
         self._link.call("HKEYS", names.INCARNATIONS, then=self._on_known)
 
-    def _on_known(self, reply: Any) -> None:  # noqa: ANN401 - whatever hiredis gives
+    def _on_known(self, reply: Any) -> None:
         if not isinstance(reply, list):
             return
         known = [name.decode() for name in reply]
         self._silent_since = {one: since for one, since in self._silent_since.items() if one in known}
         for incarnation in known:
-            self._link.call("EXISTS", names.beat(incarnation), then=lambda alive, one=incarnation: self._on_look(one, alive))
+            self._link.call(
+                "EXISTS", names.beat(incarnation), then=lambda alive, one=incarnation: self._on_look(one, alive)
+            )
 
-    def _on_look(self, incarnation: str, alive: Any) -> None:  # noqa: ANN401
+    def _on_look(self, incarnation: str, alive: Any) -> None:
         now = monotonic()
         if alive != 0:
             self._silent_since.pop(incarnation, None)
@@ -47,6 +49,10 @@ class Janitor:
         since = self._silent_since.setdefault(incarnation, now)
         if now - since >= LOOKS_APART_S:
             self._move(incarnation)
+
+    def bury(self, incarnation: str) -> None:
+        """Return the messages of an incarnation known to be over: this process's own former one."""
+        self._move(incarnation)
 
     def _move(self, incarnation: str) -> None:
         keys = [
@@ -60,7 +66,7 @@ class Janitor:
         arguments = [incarnation, MESSAGES_PER_MOVE, BYTES_PER_MOVE, BELL_PREFIX]
         self._link.script("restore", keys, arguments, then=lambda reply: self._on_moved(incarnation, reply))
 
-    def _on_moved(self, incarnation: str, reply: Any) -> None:  # noqa: ANN401
+    def _on_moved(self, incarnation: str, reply: Any) -> None:
         if not isinstance(reply, list) or reply[0] < 0:
             self._silent_since.pop(incarnation, None)
             return
@@ -89,7 +95,7 @@ def return_unheld(
     """
     bound = settled_below()
 
-    def compare(reply: Any) -> None:  # noqa: ANN401
+    def compare(reply: Any) -> None:
         if not isinstance(reply, list):
             return
         lost = missing([tag for tag in map(int, reply) if tag < bound])

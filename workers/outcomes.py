@@ -78,9 +78,13 @@ class OutcomeWriter:
         staged = names.result_key(held.id) if len(blob) > INLINE_OUTCOME_BYTES else ""
         fallback = b""
         if staged and kind == "reply":
-            fallback = messages.encode_outcome(Outcome(task_id=held.id, model=outcome.model, spec=outcome.spec, ref=staged))
+            fallback = messages.encode_outcome(
+                Outcome(task_id=held.id, model=outcome.model, spec=outcome.spec, ref=staged)
+            )
         elif staged:
-            gone = messages.failed(held.id, CapacityError("the result was too large for Redis to keep"), model=outcome.model)
+            gone = messages.failed(
+                held.id, CapacityError("the result was too large for Redis to keep"), model=outcome.model
+            )
             fallback = self._blob(held, gone, kind)
         self._waiting.append(_Pending(held, outcome, blob, kind, where, staged, fallback, dead))
 
@@ -114,7 +118,7 @@ class OutcomeWriter:
         fault("worker.before_outcome")
         self._link.script("outcome", keys, arguments, then=lambda reply: self._on_reply(chunk, reply), repeat=True)
 
-    def _on_reply(self, chunk: list[_Pending], reply: Any) -> None:  # noqa: ANN401 - whatever hiredis gives
+    def _on_reply(self, chunk: list[_Pending], reply: Any) -> None:
         self._unconfirmed -= len(chunk)
         if isinstance(reply, hiredis.ReplyError):
             log.error("outcome_refused", error=str(reply), requests=len(chunk))

@@ -31,8 +31,6 @@ SILENT_S: Final = 5.0
 """A call unanswered for longer means a half-open connection."""
 _READ_BYTES: Final = 1 << 18
 
-type_error = hiredis.ReplyError
-
 
 @dataclass(slots=True)
 class _Call:
@@ -85,7 +83,7 @@ class RedisLink:
         """Calls written or waiting for a connection."""
         return len(self._pending)
 
-    def register(self, hub: Any) -> None:  # noqa: ANN401 - kombu's Hub is untyped
+    def register(self, hub: Any) -> None:
         """Read on this hub from now on; called again after every ``hub.reset()``."""
         self._hub = hub
         self._write_fd = self._close_write_fd()
@@ -95,7 +93,7 @@ class RedisLink:
             hub.add_reader(self._socket.fileno(), self._on_readable)
             self._flush()
 
-    def call(self, *command: Any, then: Callable[[Any], None] | None = None, repeat: bool = False) -> None:  # noqa: ANN401
+    def call(self, *command: Any, then: Callable[[Any], None] | None = None, repeat: bool = False) -> None:
         """Send one command. ``then`` gets the reply, a ``hiredis.ReplyError``, or a LinkLostError."""
         call = _Call(_pack(command), then, repeat)
         if self._socket is None and not repeat:
@@ -132,7 +130,7 @@ class RedisLink:
             return False
         self._connection, self._socket = connection, connection._sock  # noqa: SLF001 - its own socket, read by the loop
         assert self._socket is not None  # connect() has returned
-        self._socket.setblocking(False)  # noqa: FBT003
+        self._socket.setblocking(False)
         self._reader = hiredis.Reader()
         waiting, self._pending = self._pending, deque()
         self._unsent.clear()
@@ -268,4 +266,6 @@ class RedisLink:
 
 
 def _pack(command: tuple[Any, ...]) -> bytes:
-    return hiredis.pack_command(tuple(part if isinstance(part, (str, bytes, int, float)) else bytes(part) for part in command))
+    return hiredis.pack_command(
+        tuple(part if isinstance(part, (str, bytes, int, float)) else bytes(part) for part in command)
+    )

@@ -37,14 +37,14 @@ class FarmRequest(CeleryRequest):
 
     receiver: Receiver | None = None
 
-    def _announce_revoked(self, reason: str, terminated: bool, signum: int | None, expired: bool) -> None:  # noqa: ARG002, FBT001
+    def _announce_revoked(self, reason: str, terminated: bool, signum: int | None, expired: bool) -> None:  # noqa: ARG002
         """Instead of Celery's silent acknowledgement: the request gets its one outcome."""
         self._already_revoked = True
         if self.receiver is not None:
             self.receiver.on_revoked(self, expired=expired)
 
     @property
-    def tag(self) -> Any:  # noqa: ANN401 - int with our transport, str with kombu's
+    def tag(self) -> Any:
         """What names the message until it is acknowledged."""
         return self.message.delivery_tag
 
@@ -66,16 +66,18 @@ class InferenceTask(Task):
     acks_late = True
     typing = False
 
-    def Strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:  # noqa: ANN401, N802 - Celery's hook
+    def Strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:  # noqa: N802 - Celery's hook
         """Celery asks once per (re)connect how to handle messages of this task."""
         return intake_strategy(task, app, consumer)
 
-    def run(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401, ARG002
+    def run(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Celery calls this only when told to run eagerly, in the caller's process, where there is no model."""
-        raise FarmError(f"{self.name} runs in a worker's model process; send it to a queue instead of running it eagerly")
+        raise FarmError(
+            f"{self.name} runs in a worker's model process; send it to a queue instead of running it eagerly"
+        )
 
 
-def intake_strategy(task: Task, app: Celery, consumer: Any) -> Callable[..., None]:  # noqa: ANN401
+def intake_strategy(task: Task, app: Celery, consumer: Any) -> Callable[..., None]:
     """The handler of received messages: build the request, announce it, hand it to the dispatcher."""
     receiver: Receiver = consumer.receiver
     hostname, connection_errors = consumer.hostname, consumer.connection_errors
@@ -83,7 +85,7 @@ def intake_strategy(task: Task, app: Celery, consumer: Any) -> Callable[..., Non
     sends_events = bool(eventer and eventer.enabled and task.send_events)
     revoked = consumer.controller.state.revoked
 
-    def handle(message: Any, payload: Any, ack: Any, reject: Any, callbacks: Any) -> None:  # noqa: ANN401, ARG001
+    def handle(message: Any, payload: Any, ack: Any, reject: Any, callbacks: Any) -> None:  # noqa: ARG001
         try:
             ticket = messages.read_ticket(message.headers)
         except MessageError as error:

@@ -1,0 +1,262 @@
+"""Everything one worker process owns, wired together: one object that Celery's steps build, attach, detach and stop.
+
+States: built -> started (checks passed, hosts are coming up) -> attached (a broker channel drains into the intake)
+<-> detached (the broker is away; the intake keeps what it holds) -> closing (pops return nothing, the running
+micro-batches are waited for) -> gone (what was left is back in its queue, the incarnation has left no trace).
+Killed in any state, the incarnation's records stay in Redis and the janitor of another worker returns them.
+"""
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any, Final
+
+import redis
+from config_db.snapshot import SnapshotReader
+
+from common.clock import FarmClock
+from common.errors import MessageError
+from common.logs import get_logger
+from common.settings import WorkerSettings
+from tasks import names
+from tasks.transport import Drain, FarmChannel, Popped
+from workers import checks
+from workers.dispatch import Dispatcher, DispatchLimits
+from workers.heartbeat import Heartbeat
+from workers.host_link import HostPool, host_config
+from workers.intake import Intake, IntakeLimits
+from workers.janitor import Janitor, give_back, return_unheld
+from workers.outcomes import OutcomeWriter
+from workers.redis_link import RedisLink
+from workers.scheduler import BatchLimits, Policy, Scheduler
+
+log = get_logger("workers")
+
+SCRIPTS: Final = ("outcome", "start", "restore", "give_back")
+FAST_TICK_S: Final = 0.25
+SLOW_TICK_S: Final = 1.0
+COMPARE_S: Final = 5.0
+CLOCK_S: Final = 30.0
+LEAVE_S: Final = 1.5
+"""How long the last calls to Redis may take when the worker leaves."""
+KOMBU_KEYS: Final = ("unacked", "unacked_index")
+
+
+class Farm:
+    """One worker's intake, scheduler, hosts, heartbeat and janitor.
+
+    Args:
+        settings: the worker's settings.
+        nodename: Celery's name of this worker.
+        queues: the queues it consumes.
+    """
+
+    def __init__(self, settings: WorkerSettings, *, nodename: str, queues: Sequence[str]) -> None:
+        self.settings = settings
+        self._nodename = nodename
+        self._queues = list(queues)
+        self._hub: Any = None
+        self.clock = FarmClock()
+        self.link = RedisLink(settings.redis_url, on_connect=self._on_link_connected, script_names=SCRIPTS)
+        self.intake = Intake(
+            IntakeLimits(settings.intake_max_messages, settings.intake_max_items, settings.intake_max_tokens)
+        )
+        self.reader = SnapshotReader(
+            settings.database_url,
+            poll_s=settings.config_poll_s,
+            copy_path=settings.state_dir / "config" / f"{settings.pool}.{settings.machine_profile}.snapshot",
+        )
+        hosts = host_config(settings)
+        self.scheduler = Scheduler(BatchLimits(settings.batch_max_items, hosts.batch_max_tokens), Policy())
+        self.dispatcher = Dispatcher(
+            intake=self.intake,
+            scheduler=self.scheduler,
+            link=self.link,
+            specs=self.reader,
+            clock=self.clock,
+            limits=DispatchLimits(
+                max_items=settings.batch_max_items,
+                max_tokens=hosts.batch_max_tokens,
+                hang_floor_s=settings.hang_floor_s,
+                hang_unmeasured_s=settings.hang_unmeasured_s,
+            ),
+            incarnation=lambda: self.heartbeat.incarnation,
+        )
+        self.hosts = HostPool(hosts, self.dispatcher)
+        self.heartbeat = Heartbeat(self.link, describe=self.describe, on_reborn=self._on_reborn)
+        self.janitor = Janitor(self.link)
+        self.drain = Drain(
+            incarnation=self.heartbeat.incarnation, room=self.intake, sink=_Sink(self), pop_max=settings.pop_max
+        )
+        self.outcomes = OutcomeWriter(
+            self.link,
+            result_ttl_s=settings.result_ttl_s,
+            kombu_keys=None if self.is_batch_popping else KOMBU_KEYS,
+            on_settled=self.dispatcher.on_settled,
+        )
+        self.dispatcher.hosts = self.hosts
+        self.dispatcher.outcomes = self.outcomes
+        self.dispatcher.on_residency = self.heartbeat.tell
+
+    @property
+    def is_batch_popping(self) -> bool:
+        """Whether this worker reads through our transport; on the fallback, kombu reads and records."""
+        return self.settings.transport == "farm"
+
+    def describe(self) -> dict[str, Any]:
+        """What other processes may know of this worker."""
+        hosts = self.hosts.hosts()
+        return {
+            "node": self._nodename,
+            "pool": self.settings.pool,
+            "machine_profile": self.settings.machine_profile,
+            "queues": self._queues,
+            "transport": self.settings.transport,
+            "epoch": self.reader.current.epoch,
+            "ready": bool(hosts),
+            "hosts": len(hosts),
+            "resident": sorted({digest for host in hosts for digest in host.resident}),
+        }
+
+    # -- what Celery's steps call -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Check what the promises rest on, then bring up config and hosts; SetupError says in one line why not."""
+        client = redis.Redis.from_url(self.settings.redis_url, socket_connect_timeout=2, socket_timeout=5)
+        with client:
+            checks.check_redis(client)
+            checks.self_test(client)
+            checks.sync_clock(client, self.clock, monotonic)
+        self.hosts.start()
+        self.reader.start()
+        self.reader.subscribe(lambda _: self._on_new_epoch())
+
+    def attach(self, channel: Any) -> None:
+        """Drain this channel's queues from now on."""
+        if not self.is_batch_popping:
+            channel.qos.can_consume = lambda: self.intake.total_room() > 0
+            return
+        assert isinstance(channel, FarmChannel)  # the app's broker URL names our transport
+        self.drain.incarnation = self.heartbeat.incarnation
+        self.drain.was_full = False
+        self.drain.outstanding_tag = None
+        channel.attach(self.drain)
+
+    def register(self, hub: Any) -> None:
+        """Add readers and timers; called at every (re)connect, which has dropped them."""
+        self._hub = hub
+        self.link.register(hub)
+        self.hosts.register(hub)
+        self.dispatcher.register(hub)
+        hub.call_repeatedly(FAST_TICK_S, self._fast_tick)
+        hub.call_repeatedly(SLOW_TICK_S, self._slow_tick)
+        hub.call_repeatedly(CLOCK_S, self._sync_clock)
+        if self.is_batch_popping:
+            hub.call_repeatedly(COMPARE_S, self._return_unheld)
+            self._return_unheld()
+
+    def leave(self, channel: Any, *, wait_s: float) -> None:
+        """Shut down: wait for the running micro-batches, return the rest to the queues, leave no trace in Redis."""
+        self.drain.closing = True
+        self.dispatcher.stop_picking()
+        self.heartbeat.close()
+        for queue in self._queues:  # wakes the sleeping pop, which then finds the incarnation closing
+            self.link.call("RPUSH", names.bell(queue), "1")
+        log.info("worker_closing", running=self.dispatcher.running, held=len(self.intake))
+        self._pump(channel, wait_s)
+        self.outcomes.flush()
+        self._return_all()
+        self.link.wait_answered(LEAVE_S)
+        self.heartbeat.die()
+        self.link.wait_answered(LEAVE_S)
+        self.link.close()
+
+    def stop(self) -> None:
+        """End the hosts and the config reader."""
+        self.hosts.stop(1.0)
+        self.reader.stop()
+
+    # -- on the loop ------------------------------------------------------------------------------------------------
+
+    def _fast_tick(self) -> None:
+        self.link.tend()
+        self.dispatcher.tick()
+
+    def _slow_tick(self) -> None:
+        if self.link.is_connected:
+            self.heartbeat.beat()
+            self.dispatcher.look_for_cancelled()
+            if self.is_batch_popping:
+                self.janitor.look()
+
+    def _sync_clock(self) -> None:
+        asked_at = monotonic()
+
+        def told(reply: Any) -> None:
+            if isinstance(reply, list):
+                self.clock.sync((int(reply[0]), int(reply[1])), asked_at=asked_at, answered_at=monotonic())
+
+        self.link.call("TIME", then=told)
+
+    def _return_unheld(self) -> None:
+        if self.heartbeat.is_alive:
+            return_unheld(
+                self.link,
+                self.heartbeat.incarnation,
+                settled_below=self.drain.settled_below,
+                missing=self.intake.missing,
+            )
+
+    def _on_link_connected(self) -> None:
+        self.heartbeat.beat()
+
+    def _on_new_epoch(self) -> None:
+        """In the reader's thread: the loop tells of the new epoch."""
+        hub = self._hub
+        if hub is not None:
+            hub.call_soon(self.heartbeat.tell)
+
+    def _on_reborn(self, former: str) -> None:
+        """The former incarnation is judged dead: what it held goes back, and pops go under the new name."""
+        self.drain.incarnation = self.heartbeat.incarnation
+        dropped = self.dispatcher.give_up_all()
+        log.warning("intake_dropped", former=former, messages=len(dropped))
+        if self.is_batch_popping:
+            self.janitor.bury(former)
+
+    def _pump(self, channel: Any, wait_s: float) -> None:
+        """Run the loop until nothing runs and every outcome is confirmed, at most ``wait_s``."""
+        deadline = monotonic() + wait_s
+        ticking = self._hub.call_repeatedly(0.05, self.outcomes.flush)
+        try:
+            while monotonic() < deadline:
+                busy = self.dispatcher.running or self.outcomes.unconfirmed
+                if not busy and not getattr(channel, "has_asked", False):
+                    return
+                self._hub.run_once()
+        except (redis.ConnectionError, OSError) as error:
+            log.warning("broker_lost_while_closing", error=str(error))
+        finally:
+            ticking.cancel()
+
+    def _return_all(self) -> None:
+        tags = [held.tag for held in self.intake if not held.is_settling]
+        if self.is_batch_popping and tags:
+            log.info("held_returned", messages=len(tags))
+            give_back(self.link, self.heartbeat.incarnation, [tag for tag in tags if isinstance(tag, int)])
+
+
+class _Sink:
+    """What the transport tells, handed on."""
+
+    def __init__(self, farm: Farm) -> None:
+        self._farm = farm
+
+    def on_popped(self, messages: Sequence[Popped], *, cancelled: int) -> None:
+        self._farm.dispatcher.on_popped(messages, cancelled=cancelled)
+
+    def on_unreadable(self, message: Popped, error: MessageError) -> None:
+        log.error("message_refused", queue=message.queue, error=str(error))
+        give_back(self._farm.link, self._farm.heartbeat.incarnation, [message.tag], where="dead")
+
+    def on_gone(self) -> None:
+        self._farm.heartbeat.be_reborn()
