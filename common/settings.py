@@ -42,6 +42,7 @@ class WebSettings(CommonSettings):
     max_items: int = Field(4096, gt=0, description="items one request may hold unless the model says less")
     queue_limit: int = Field(50_000, gt=0, description="messages a queue may hold before 503 QUEUE_FULL")
     sync_timeout_s: float = Field(120.0, gt=0, description="deadline of a synchronous request by default")
+    web_processes: int = Field(1, gt=0, description="gunicorn processes; one serves some thousand requests a second")
     async_timeout_s: float = Field(3600.0, gt=0, description="deadline of an asynchronous request by default")
 
 
@@ -57,6 +58,9 @@ class WorkerSettings(CommonSettings):
     model_dirs: str = Field("", description="colon-separated roots under which local model directories are allowed")
     hub_cache: Path | None = Field(None, description="where Hub downloads are kept; unset: huggingface_hub's default")
     extra_families: str = Field("", description="further families, as name=module:Class, comma-separated")
+    preload_families: str = Field("dense", description="families imported before hosts start, comma-separated; fewer starts sooner")
+    torch_threads: int = Field(1, gt=0, description="threads of one host's forward pass on CPU")
+    cuda_visible_devices: str | None = Field(None, validation_alias="CUDA_VISIBLE_DEVICES")
     intake_max_messages: int = Field(
         512, gt=0, description="messages a worker holds; more fills batches, less leaves work to others"
     )

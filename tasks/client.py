@@ -31,7 +31,7 @@ from tasks import messages, names, scripts
 from tasks.messages import INLINE_BODY_BYTES, Outcome, Request, Ticket
 from tasks.names import Lane, Operation, queue_name
 from tasks.publisher import OPEN_GRACE_S, RETRY_AFTER_S, WAIT_S, Entry, Publisher
-from tasks.redis_line import connection_options
+from tasks.redis_line import connection_options, is_out_of_memory
 from tasks.replies import ReplyListener, Waiter
 from tasks.results import ResultWatcher
 
@@ -80,6 +80,18 @@ class TaskView:
     submitted: float
     deadline: float
     outcome: Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """What a live worker tells of itself. ``resident`` holds digests of the specs that some host of it holds."""
+
+    incarnation: str
+    node: str
+    queues: frozenset[str]
+    resident: frozenset[str]
+    transport: str
+    is_ready: bool
 
 
 def batch_key(model: str, spec: str, operation: Operation, adapter: str | None, options: Mapping[str, Any]) -> str:
@@ -176,6 +188,16 @@ class FarmClient:
             view = self._look(links, task_id)
         return view
 
+    def workers(self) -> list[WorkerView]:
+        """The workers whose heartbeat is there; QueueUnavailableError if Redis does not answer."""
+        links = self._ready()
+        told: dict[bytes, bytes] = links.ask("HGETALL", names.INCARNATIONS)
+        views = [
+            view for incarnation, text in told.items() if (view := _worker(incarnation.decode(), text)) is not None
+        ]
+        beats = links.ask_many(*(("EXISTS", names.beat(view.incarnation)) for view in views)) if views else []
+        return [view for view, beat in zip(views, beats, strict=True) if beat]
+
     @property
     def waiting(self) -> int:
         """Callers of ``run`` that wait now."""
@@ -200,8 +222,11 @@ class FarmClient:
         links = self._links
         if links is None or links.pid != os.getpid():
             links = self._open()
-        if self.clock.synced_at is None or monotonic() - self.clock.synced_at > CLOCK_SYNC_S:
-            self._sync_clock(links)
+        synced_at = self.clock.synced_at
+        if synced_at is None:
+            links.sync_clock_first(self.clock)
+        elif monotonic() - synced_at > CLOCK_SYNC_S:
+            links.sync_clock_aside(self.clock)
         return links
 
     def _open(self) -> "_Links":
@@ -209,22 +234,6 @@ class FarmClient:
             if self._links is None or self._links.pid != os.getpid():
                 self._links = _Links(self._url, queue_limit=self._queue_limit)
             return self._links
-
-    def _sync_clock(self, links: "_Links") -> None:
-        """One caller asks; the others wait only if there has never been an answer."""
-        if not links.clock_lock.acquire(blocking=self.clock.synced_at is None):
-            return
-        try:
-            asked_at = monotonic()
-            if self.clock.synced_at is not None and asked_at - self.clock.synced_at <= CLOCK_SYNC_S:
-                return
-            answer = links.ask("TIME")
-            self.clock.sync(answer, asked_at=asked_at, answered_at=monotonic())
-        except QueueUnavailableError:
-            if self.clock.synced_at is None:
-                raise
-        finally:
-            links.clock_lock.release()
 
     def _entry(self, links: "_Links", task_id: str, call: Call, waiter: Waiter, *, asynchronous: bool) -> Entry:
         body = messages.encode_body(call.model, call.request)
@@ -269,7 +278,9 @@ class FarmClient:
         if waiter.error is not None:
             raise waiter.error
         if not entry.is_published:
-            raise QueueUnavailableError("the queue did not confirm in time; try again soon", retry_after_s=RETRY_AFTER_S)
+            raise QueueUnavailableError(
+                "the queue did not confirm in time; try again soon", retry_after_s=RETRY_AFTER_S
+            )
 
     def _await_reply(self, links: "_Links", task_id: str, entry: Entry, waiter: Waiter, until: float) -> Outcome:
         if not waiter.wait(min(until, entry.queued_at + WAIT_S) - monotonic()) and not entry.is_published:
@@ -329,27 +340,69 @@ class _Links:
     def __init__(self, url: str, *, queue_limit: int) -> None:
         self.pid = os.getpid()
         self.process = uuid4().hex
-        self.clock_lock = threading.Lock()
+        self._clock_lock = threading.Lock()
+        self._clock_failed_at = 0.0
         self.publisher = Publisher(url, queue_limit=queue_limit)
         self.replies = ReplyListener(url, process=self.process)
         self.results = ResultWatcher(url)
         self._redis = redis.Redis.from_url(url, **connection_options())
 
-    def ask(self, *command: Any) -> Any:  # noqa: ANN401 - whatever Redis answers
+    def ask(self, *command: Any) -> Any:
         """One command; QueueUnavailableError if it is not answered."""
         return self.ask_many(command)[0]
 
     def ask_many(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Several commands in one packet; QueueUnavailableError if they are not answered."""
-        pipeline = self._redis.pipeline(transaction=False)
+        pipeline: Any = self._redis.pipeline(transaction=False)
         for command in commands:
             pipeline.execute_command(*command)
-        return self._answered(pipeline.execute)
+        answers: list[Any] = self._answered(pipeline.execute)
+        return answers
+
+    def sync_clock_first(self, clock: FarmClock) -> None:
+        """Measure the clock before anything is published; one caller asks, and all that wait share its fate."""
+        came_at = monotonic()
+        with self._clock_lock:
+            if clock.synced_at is not None:
+                return
+            if self._clock_failed_at >= came_at:
+                raise QueueUnavailableError("Redis does not answer; try again soon", retry_after_s=RETRY_AFTER_S)
+            try:
+                self._sync_clock(clock)
+            except QueueUnavailableError:
+                self._clock_failed_at = monotonic()
+                raise
+
+    def sync_clock_aside(self, clock: FarmClock) -> None:
+        """Measure the clock again without keeping anybody waiting; while Redis is away the old offset serves."""
+        if not self._clock_lock.acquire(blocking=False):
+            return
+
+        def sync() -> None:
+            try:
+                self._sync_clock(clock)
+            except QueueUnavailableError as error:
+                log.info("clock_not_synced", error=error.message)
+            finally:
+                self._clock_lock.release()
+
+        threading.Thread(target=sync, name="farm-clock", daemon=True).start()
+
+    def _sync_clock(self, clock: FarmClock) -> None:
+        asked_at = monotonic()
+        answer = self.ask("TIME")
+        clock.sync(answer, asked_at=asked_at, answered_at=monotonic())
 
     def settle(self, task_id: str, *, state: str, result: bytes, result_s: int) -> bool:
-        """Close an open task from outside; false if somebody else has closed it. ``result`` is empty without a reader."""
-        keys = [names.OPEN, names.CANCELLED, names.task_record(task_id), names.celery_meta(task_id), names.body_key(task_id)]
-        arguments = [task_id, state, result, result_s, CANCELLED_S]
+        """Close an open task; false if somebody else has closed it. ``result`` is empty if nobody will read one."""
+        keys = [
+            names.OPEN,
+            names.CANCELLED,
+            names.task_record(task_id),
+            names.celery_meta(task_id),
+            names.body_key(task_id),
+        ]
+        arguments: list[Any] = [task_id, state, result, result_s, CANCELLED_S]
         answer: int = self._answered(lambda: self._redis.eval(scripts.source("settle"), len(keys), *keys, *arguments))
         return answer == 1
 
@@ -359,15 +412,19 @@ class _Links:
         self.results.close()
         self._redis.close()
 
-    def _answered(self, ask: Any) -> Any:  # noqa: ANN401
+    def _answered(self, ask: Any) -> Any:
         try:
             return ask()
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
             raise QueueUnavailableError(
                 f"Redis does not answer ({error}); try again soon", retry_after_s=RETRY_AFTER_S
             ) from error
-        except redis.exceptions.OutOfMemoryError as error:
-            raise QueueUnavailableError("Redis has no memory left; try again soon", retry_after_s=RETRY_AFTER_S) from error
+        except redis.ResponseError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise QueueUnavailableError(
+                "Redis has no memory left; try again soon", retry_after_s=RETRY_AFTER_S
+            ) from error
 
 
 def _view(task_id: str, record: Mapping[bytes, bytes], meta: bytes | None) -> TaskView:
@@ -388,3 +445,27 @@ def _view(task_id: str, record: Mapping[bytes, bytes], meta: bytes | None) -> Ta
 
 def _with_outcome(view: TaskView, outcome: Outcome) -> TaskView:
     return replace(view, state=outcome.state, outcome=outcome)
+
+
+def _worker(incarnation: str, text: bytes) -> WorkerView | None:
+    """A worker's description; None for one that cannot be read, as a newer release's may be."""
+    try:
+        told = msgspec.json.decode(text, type=_Told)
+    except msgspec.DecodeError:
+        return None
+    return WorkerView(
+        incarnation=incarnation,
+        node=told.node,
+        queues=told.queues,
+        resident=told.resident,
+        transport=told.transport,
+        is_ready=told.ready,
+    )
+
+
+class _Told(msgspec.Struct):
+    node: str = ""
+    queues: frozenset[str] = frozenset()
+    resident: frozenset[str] = frozenset()
+    transport: str = "farm"
+    ready: bool = False

@@ -17,7 +17,7 @@ import redis
 from common.errors import FarmError, QueueFullError, QueueUnavailableError
 from common.logs import get_logger
 from tasks import names, scripts
-from tasks.redis_line import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, RedisLine, pack
+from tasks.redis_line import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, RedisLine, is_out_of_memory, pack
 
 log = get_logger("tasks")
 
@@ -64,7 +64,7 @@ class Publisher:
     """
 
     def __init__(self, url: str, *, queue_limit: int) -> None:
-        self._line = RedisLine(url, script_names=("publish",))
+        self._line = RedisLine(url, name="farmhand-publisher", script_names=("publish",))
         self._queue_limit = queue_limit
         self._waiting: deque[Entry] = deque()
         self._wake = threading.Event()
@@ -154,7 +154,7 @@ class Publisher:
         if isinstance(reply, redis.exceptions.NoScriptError):
             self._line.close()  # somebody flushed the scripts: nothing has run, and connecting loads them again
             reply = self._line.exchange(b"".join([*bodies, call]), len(bodies) + 1)[-1]
-        if isinstance(reply, redis.exceptions.OutOfMemoryError):
+        if isinstance(reply, redis.ResponseError) and is_out_of_memory(reply):
             return [b"memory"] * len(entries)
         if isinstance(reply, redis.ResponseError):
             raise reply
@@ -190,7 +190,7 @@ def _unavailable(error: Exception) -> QueueUnavailableError:
     return QueueUnavailableError(f"the queue does not answer ({reason}); try again soon", retry_after_s=RETRY_AFTER_S)
 
 
-def _refusal(entry: Entry, answer: Any) -> FarmError:  # noqa: ANN401 - whatever Redis answered
+def _refusal(entry: Entry, answer: Any) -> FarmError:
     if answer == b"full":
         return QueueFullError(f"queue {entry.queue} is full; try again soon", retry_after_s=RETRY_AFTER_S)
     return QueueFullError("Redis has no memory left for further requests; try again soon", retry_after_s=RETRY_AFTER_S)

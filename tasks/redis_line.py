@@ -41,10 +41,19 @@ class RedisLine:
         url: Redis URL.
         script_names: scripts that Redis is taught at every connect.
         answer_timeout_s: the longest wait for any one answer.
+        name: how CLIENT LIST shows the connection.
     """
 
-    def __init__(self, url: str, *, script_names: Sequence[str] = (), answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-        self._pool = ConnectionPool.from_url(url, **{**connection_options(), "socket_timeout": answer_timeout_s})
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        script_names: Sequence[str] = (),
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> None:
+        options = {**connection_options(), "socket_timeout": answer_timeout_s, "client_name": name}
+        self._pool = ConnectionPool.from_url(url, **options)
         self._script_names = tuple(script_names)
         self._connection: Any = None
         self._used_at = 0.0
@@ -76,7 +85,7 @@ class RedisLine:
             self.close()
         if self._connection is not None:
             return
-        connection = self._pool.make_connection()
+        connection: Any = self._pool.make_connection()
         try:
             connection.connect()
             for name in self._script_names:
@@ -99,14 +108,19 @@ class RedisLine:
         except (redis.RedisError, OSError):
             return True
 
-    def _read(self) -> Any:  # noqa: ANN401 - whatever Redis answers
+    def _read(self) -> Any:
         try:
             return self._connection.read_response(disconnect_on_error=False)
         except redis.ResponseError as error:
             return error
 
 
-def pack(*command: Any) -> bytes:  # noqa: ANN401 - str, bytes, int or float
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Redis refused a write for lack of memory; out of a script the error keeps only its text."""
+    return isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM command not allowed" in str(error)
+
+
+def pack(*command: Any) -> bytes:
     """One command as Redis reads it."""
     packed: bytes = hiredis.pack_command(command)
     return packed

@@ -16,7 +16,7 @@ from common.errors import FarmError, MessageError
 from common.logs import get_logger
 from tasks import messages, names
 from tasks.messages import Outcome
-from tasks.redis_line import RedisLine, pack
+from tasks.redis_line import RedisLine, is_out_of_memory, pack
 
 log = get_logger("tasks")
 
@@ -69,7 +69,7 @@ class ReplyListener:
     def __init__(self, url: str, *, process: str) -> None:
         self.list = names.reply_list(process)
         self.dropped = 0
-        self._line = RedisLine(url, answer_timeout_s=ANSWER_TIMEOUT_S)
+        self._line = RedisLine(url, name="farmhand-replies", answer_timeout_s=ANSWER_TIMEOUT_S)
         self._waiters: dict[str, Waiter] = {}
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -135,7 +135,9 @@ class ReplyListener:
     def _read(self, taken: int, *, sleeps: bool) -> tuple[list[bytes], bool]:
         """Remove the ``taken`` replies read before and read the next; also returns whether to sleep the next time."""
         packet = pack("LTRIM", self.list, taken, -1) if taken else b""
-        answers = self._line.exchange(packet + (self._sleep_and_read if sleeps else self._read_all), bool(taken) + 1 + sleeps)
+        answers = self._line.exchange(
+            packet + (self._sleep_and_read if sleeps else self._read_all), bool(taken) + 1 + sleeps
+        )
         _refuse_errors(answers, allow_full=sleeps)
         if not sleeps:
             replies: list[bytes] = answers[-1]
@@ -150,7 +152,7 @@ class ReplyListener:
         try:
             outcome = messages.decode_outcome(raw)
         except MessageError as error:
-            log.error("reply_damaged", error=error.message)
+            log.warning("reply_damaged", error=error.message)
             return
         waiter = self._waiters.pop(outcome.task_id, None)
         if waiter is None:
@@ -161,7 +163,5 @@ class ReplyListener:
 
 def _refuse_errors(answers: list[Any], *, allow_full: bool) -> None:
     for answer in answers:
-        if isinstance(answer, redis.ResponseError) and not (allow_full and isinstance(answer, redis.exceptions.OutOfMemoryError)):
+        if isinstance(answer, redis.ResponseError) and not (allow_full and is_out_of_memory(answer)):
             raise answer
-
-

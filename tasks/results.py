@@ -91,22 +91,22 @@ class ResultWatcher:
                 log.info("unsubscribe_failed", error=str(error))
 
     def _run(self) -> None:
-        while True:
+        is_watched = True
+        while is_watched:
             try:
-                self._listen()
-                return
+                is_watched = self._listen()
             except (redis.RedisError, OSError) as error:
                 log.warning("results_lost_connection", error=str(error))
                 self._pubsub = None
                 sleep(RECONNECT_S)
 
-    def _listen(self) -> None:
-        """Subscribe to all that is watched and wake watchers, until nobody watches any more."""
-        client = redis.Redis.from_url(self._url, **connection_options())
+    def _listen(self) -> bool:
+        """Subscribe to all that is watched and wake watchers, until nobody watches any more; returns false then."""
+        client: Any = redis.Redis.from_url(self._url, **connection_options(), client_name="farmhand-results")
         with client.pubsub(ignore_subscribe_messages=False) as pubsub:
             with self._lock:
                 if self._is_over():
-                    return
+                    return False
                 pubsub.subscribe(*self._watches)
                 self._pubsub = pubsub
             while True:
@@ -115,7 +115,7 @@ class ResultWatcher:
                     self._wake(message["channel"])
                 with self._lock:
                     if message is None and self._is_over():
-                        return
+                        return False
 
     def _is_over(self) -> bool:
         """Nobody watches: forget connection and thread. Called with the lock held."""

@@ -46,6 +46,8 @@ log = get_logger("workers")
 
 LOSSES_UNTIL_DEAD: Final = 3
 CRASHES_ALONE_UNTIL_FAILED: Final = 2
+HOST_DEPTH: Final = 2
+"""Micro-batches a host holds: one computing, one being tokenised."""
 EPOCH_WAIT_S: Final = 10.0
 """How long a message of a newer epoch waits for this worker's config to catch up."""
 
@@ -241,7 +243,6 @@ class Dispatcher:
         if running is None:
             return
         spent_s = (timing.inference_ms + timing.tokenization_ms) / 1000
-        self._scheduler.note_batch(running.pick.key, max(1, timing.tokens), spent_s)
         self._learn(running.pick.key, max(1, timing.tokens), spent_s)
         fault("worker.batch_done")
         for part, result in zip(running.slices, results, strict=True):
@@ -438,13 +439,21 @@ class Dispatcher:
         if self._draining or not len(self._scheduler):
             return
         now = monotonic()
-        views = sorted(self.hosts.hosts(), key=lambda view: view.outstanding)
-        for view in views:
-            for _ in range(2 - view.outstanding):
-                pick = self._scheduler.pick(now, resident=view.resident, loading=view.loading)
-                if pick is None:
-                    break
-                self._send(view.id, pick, now)
+        views = self.hosts.hosts()
+        depth = {view.id: view.outstanding for view in views}
+        for level in range(HOST_DEPTH):
+            free = [view for view in views if depth[view.id] <= level]
+            for place, view in enumerate(free):
+                pick = self._scheduler.pick(
+                    now,
+                    resident=view.resident,
+                    loading=view.loading,
+                    elsewhere={digest for other in views if other is not view for digest in other.resident},
+                    hosts=len(free) - place,
+                )
+                if pick is not None:
+                    depth[view.id] += 1
+                    self._send(view.id, pick, now)
         self._expire(now)
 
     def _send(self, host: int, pick: Pick, now: float) -> None:

@@ -107,7 +107,6 @@ def intake_strategy(task: Task, app: Celery, consumer: Any) -> Callable[..., Non
         if sends_events:
             request.send_event(
                 "task-received",
-                uuid=request.id,
                 name=request.name,
                 args=request.argsrepr,
                 kwargs=request.kwargsrepr,

@@ -1,1 +1,1 @@
-"""The model process: a zygote that forks hosts, and the host that loads, runs and evicts models. The only torch room."""
+"""The model process: a zygote that forks hosts, which load, run and evict models. The only torch room."""

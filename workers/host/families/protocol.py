@@ -9,11 +9,14 @@ culprit stands alone; a family that already knows which request is at fault answ
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from common.errors import FarmError
 from config_db.spec import ModelSpec
 from tasks.messages import Request
+
+ItemResults: TypeAlias = bytes
+"""A msgpack list, one result per item of a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,11 @@ class Model(Protocol):
     def prepare(self, operation: str, requests: Sequence[Request]) -> Prepared:
         """Check and tokenise a micro-batch; RequestError for what the model cannot read."""
 
-    def run(self, prepared: Any) -> Any:  # noqa: ANN401 - the family's own types
+    def run(self, prepared: Any) -> Any:
         """The forward passes."""
 
-    def finish(self, prepared: Any, raw: Any) -> list[bytes | FarmError]:  # noqa: ANN401
-        """One answer per request, in order: a msgpack list of item results (see ``results``), or the request's own error."""
+    def finish(self, prepared: Any, raw: Any) -> list[ItemResults | FarmError]:
+        """One answer per request, in order: its item results (see ``results``), or its own error."""
 
     def close(self) -> None:
         """Give the memory back."""

@@ -26,7 +26,9 @@ def find(name: str, extra: Mapping[str, str]) -> Family:
         maker = cast("FamilyMaker", getattr(import_module(module), attribute))
     except (ImportError, AttributeError) as error:
         details = {"error_class": "DEPENDENCY", "permanent": True}
-        raise ModelLoadError(f"the code of model family {name!r} cannot be imported: {error}", details=details) from error
+        raise ModelLoadError(
+            f"the code of model family {name!r} cannot be imported: {error}", details=details
+        ) from error
     return maker()
 
 

@@ -17,7 +17,9 @@ _FLOOR: Final = np.float32(1e-12)
 def check_output_dtype(dtype: str) -> None:
     """RequestError if clients cannot be given this dtype."""
     if dtype not in OUTPUT_DTYPES:
-        raise RequestError(f"output_dtype {dtype!r} is not one of {', '.join(sorted(OUTPUT_DTYPES))}", param="params.output_dtype")
+        raise RequestError(
+            f"output_dtype {dtype!r} is not one of {', '.join(sorted(OUTPUT_DTYPES))}", param="params.output_dtype"
+        )
 
 
 def quantize(rows: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
@@ -31,14 +33,14 @@ def quantize(rows: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
     if dtype == "float16":
         return rows.astype(np.float16)
     if dtype in ("binary", "ubinary"):
-        return np.packbits(rows > 0, axis=-1)
+        return np.asarray(np.packbits(rows > 0, axis=-1))
     if dtype == "int8":
         scale = np.maximum(np.abs(rows).max(axis=-1, keepdims=True), _FLOOR) / np.float32(127)
-        return np.rint(rows / scale).astype(np.int8)
+        return np.asarray(np.rint(rows / scale), dtype=np.int8)
     check_output_dtype(dtype)
     low = rows.min(axis=-1, keepdims=True)
     step = np.maximum(rows.max(axis=-1, keepdims=True) - low, _FLOOR) / np.float32(255)
-    return np.rint((rows - low) / step).astype(np.uint8)
+    return np.asarray(np.rint((rows - low) / step), dtype=np.uint8)
 
 
 def dense_items(items: Sequence[Any], rows: npt.NDArray[np.float32], dtype: str = "float32") -> bytes:
@@ -53,14 +55,14 @@ def dense_items(items: Sequence[Any], rows: npt.NDArray[np.float32], dtype: str 
     )
 
 
-def item_result(item: Any, **outputs: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - an item as it came
+def item_result(item: Any, **outputs: Mapping[str, Any]) -> dict[str, Any]:
     """One item's result: its outputs by name, and its id if it has one."""
     name = item.get("id") if isinstance(item, Mapping) else None
     return dict(outputs) if name is None else {"id": name, **outputs}
 
 
 def item_errors(errors: Mapping[int, RequestError]) -> RequestError:
-    """The one error of a request some of whose items are refused: the first item's, with all of them under ``items``."""
+    """The one error of a request with refused items: the first item's, with all of them under ``items``."""
     first = errors[min(errors)]
     listed = [{"index": index, **error.as_dict()} for index, error in sorted(errors.items())]
     return type(first)(first.message, param=first.param, details={**first.details, "items": listed})

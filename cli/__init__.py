@@ -1,0 +1,1 @@
+"""The hand of operators and data teams: ``farmhand up`` and its siblings."""

@@ -1,0 +1,75 @@
+"""The tables of the config DB: what is served, as of which epoch, and who changed it.
+
+Every row that readers fetch carries the epoch it was last changed at, so that they ask only for newer ones; a deleted
+row stays as a tombstone until readers have surely seen it.
+"""
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Identity, Index, MetaData, func
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+_NAMES = {
+    "ix": "ix_%(column_0_label)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class Table(DeclarativeBase):
+    """Base of all tables; names its constraints so that migrations can."""
+
+    metadata = MetaData(naming_convention=_NAMES)
+
+
+class FarmEpoch(Table):
+    """The one row that every writer locks: the present epoch."""
+
+    __tablename__ = "farm_epoch"
+    __table_args__ = (CheckConstraint("only_one = 1", name="one_row"),)
+
+    only_one: Mapped[int] = mapped_column(primary_key=True, default=1, autoincrement=False)
+    number: Mapped[int] = mapped_column(BigInteger)
+    id: Mapped[UUID]
+
+
+class EpochRow(Table):
+    """Each epoch ever published: its random id tells a restored backup from the history it was cut from."""
+
+    __tablename__ = "epochs"
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    id: Mapped[UUID] = mapped_column(unique=True)
+    actor: Mapped[str]
+    reason: Mapped[str]
+    raised_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=func.now())
+
+
+class ModelRow(Table):
+    """One model. ``spec`` is a ``config_db.spec.ModelSpec`` as JSON; ``deleted_at`` makes it a tombstone."""
+
+    __tablename__ = "models"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    spec: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    epoch: Mapped[int] = mapped_column(BigInteger, index=True)
+    deleted_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+
+class HistoryRow(Table):
+    """One change of one row: what it was before and after, at which epoch."""
+
+    __tablename__ = "history"
+    __table_args__ = (Index("ix_history_kind_name", "kind", "name"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    epoch: Mapped[int] = mapped_column(BigInteger, ForeignKey("epochs.number"), index=True)
+    kind: Mapped[str]
+    name: Mapped[str]
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSONB)

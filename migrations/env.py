@@ -1,0 +1,13 @@
+"""What alembic runs: on the connection that ``config_db.migrate`` hands it, or offline to print SQL."""
+
+from alembic import context
+
+from config_db.schema import Table
+
+connection = context.config.attributes.get("connection")
+if connection is None:
+    context.configure(dialect_name="postgresql", target_metadata=Table.metadata, literal_binds=True)
+else:
+    context.configure(connection=connection, target_metadata=Table.metadata)
+with context.begin_transaction():
+    context.run_migrations()

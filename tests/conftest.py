@@ -1,0 +1,70 @@
+"""Fixtures every test may ask for. Servers are real; a missing one skips on a laptop and fails in CI."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from common.errors import SetupError
+from tests.services import PostgresServer, RedisServer
+
+Server = TypeVar("Server", RedisServer, PostgresServer)
+MARKED_BY_FOLDER = {"integration": "integration", "e2e": "integration", "chaos": "chaos"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = Path(item.path).parent.name
+        if folder in MARKED_BY_FOLDER:
+            item.add_marker(getattr(pytest.mark, MARKED_BY_FOLDER[folder]))
+
+
+def _serve(kind: Callable[[], Server]) -> Iterator[Server]:
+    try:
+        server = kind()
+    except SetupError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(error.message)
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """One Redis for all tests that do not stop it."""
+    yield from _serve(RedisServer)
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The shared Redis, emptied."""
+    with redis_server.client() as client:
+        client.flushall()
+    return redis_server.url
+
+
+@pytest.fixture
+def own_redis() -> Iterator[RedisServer]:
+    """A Redis that the test may stop, fill and kill."""
+    yield from _serve(RedisServer)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One Postgres for all tests that do not stop it."""
+    yield from _serve(PostgresServer)
+
+
+@pytest.fixture
+def database_url(postgres_server: PostgresServer) -> str:
+    """A database of the test's own, at the newest migration."""
+    return postgres_server.fresh_database()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[PostgresServer]:
+    """A Postgres that the test may stop."""
+    yield from _serve(PostgresServer)

@@ -1,0 +1,200 @@
+"""Room, leases and eviction, with models that are only a size."""
+
+from threading import Event, Thread
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import ResidencyFullError
+from workers.host.residency import Residency
+
+
+class Weight:
+    def __init__(self, size: int) -> None:
+        self.bytes = size
+        self.is_closed = False
+
+    def close(self) -> None:
+        assert not self.is_closed
+        self.is_closed = True
+
+
+class Room:
+    """A residency of ``budget`` bytes that remembers what left it."""
+
+    def __init__(self, budget: int) -> None:
+        self.left: list[tuple[str, str]] = []
+        self.residency: Residency[Weight] = Residency(budget, lambda key, _, reason: self.left.append((key, reason)))
+
+    def load(
+        self, key: str, size: int, *, estimate: int | None = None, pinned: bool = False, wait_s: float = 0.0
+    ) -> Weight:
+        weight = Weight(size)
+        with self.residency.reserved(key, size if estimate is None else estimate, wait_s=wait_s):
+            self.residency.admit(key, weight, pinned=pinned)
+        return weight
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.residency.resident())
+
+
+def test_the_least_recently_leased_leaves_first_and_no_more_than_needed() -> None:
+    room = Room(30)
+    oldest = room.load("a", 10)
+    for key in "bc":
+        room.load(key, 10)
+    assert room.residency.lease("a") is oldest
+    room.residency.release("a")
+    room.load("d", 10)
+    assert room.keys == ["c", "a", "d"]
+    assert room.left == [("b", "room")]
+
+
+def test_a_leased_or_pinned_model_never_leaves_for_room() -> None:
+    room = Room(20)
+    room.load("pinned", 10, pinned=True)
+    room.load("leased", 10)
+    room.residency.lease("leased")
+    with pytest.raises(ResidencyFullError):
+        room.load("new", 10)
+    assert room.keys == ["pinned", "leased"]
+
+
+def test_a_model_larger_than_the_budget_is_refused_and_evicts_nothing() -> None:
+    room = Room(20)
+    room.load("a", 10)
+    with pytest.raises(ResidencyFullError, match="21 bytes"):
+        room.load("huge", 21)
+    assert room.keys == ["a"]
+
+
+def test_a_model_measured_larger_than_estimated_evicts_more_or_goes_itself() -> None:
+    room = Room(30)
+    room.load("a", 10)
+    room.load("b", 10)
+    room.load("grew", 20, estimate=5)
+    assert room.keys == ["b", "grew"]
+    with pytest.raises(ResidencyFullError):
+        room.load("outgrew", 31, estimate=5)
+    assert room.residency.used_bytes == sum(room.residency.resident().values()) <= 30
+
+
+def test_a_refused_model_is_closed() -> None:
+    room, weight = Room(10), Weight(11)
+    with pytest.raises(ResidencyFullError), room.residency.reserved("a", 5):
+        room.residency.admit("a", weight)
+    assert weight.is_closed
+    assert room.residency.used_bytes == 0
+
+
+def test_a_failed_load_gives_its_room_back() -> None:
+    room = Room(10)
+    with pytest.raises(ZeroDivisionError), room.residency.reserved("a", 10):
+        raise ZeroDivisionError
+    assert room.residency.used_bytes == 0
+
+
+def test_evicting_a_leased_model_waits_for_its_lease() -> None:
+    room = Room(10)
+    weight = room.load("a", 10)
+    room.residency.lease("a")
+    assert room.residency.evict("a")
+    assert not weight.is_closed
+    room.residency.release("a")
+    assert weight.is_closed
+    assert room.left == [("a", "asked")]
+    assert not room.residency.evict("a")
+
+
+def test_a_model_leased_again_before_it_could_be_evicted_stays() -> None:
+    room = Room(10)
+    weight = room.load("a", 10)
+    room.residency.lease("a")
+    room.residency.evict("a")
+    assert room.residency.lease("a") is weight
+    room.residency.release("a")
+    room.residency.release("a")
+    assert room.keys == ["a"]
+
+
+def test_a_load_waits_for_a_lease_that_is_in_its_way() -> None:
+    room, loaded = Room(10), Event()
+    room.load("a", 10)
+    room.residency.lease("a")
+
+    def load() -> None:
+        room.load("b", 10, wait_s=10.0)
+        loaded.set()
+
+    thread = Thread(target=load)
+    thread.start()
+    assert not loaded.is_set()
+    room.residency.release("a")
+    assert loaded.wait(5.0)
+    thread.join()
+    assert room.keys == ["b"]
+
+
+def test_a_hint_leaves_alone_what_was_used_just_now() -> None:
+    room = Room(10)
+    room.load("a", 10)
+    with pytest.raises(ResidencyFullError), room.residency.reserved("b", 10, idle_s=60.0):
+        pytest.fail("room was made")
+    assert room.keys == ["a"]
+
+
+def test_out_of_memory_evicts_everything_idle() -> None:
+    room = Room(40)
+    for key, pinned in (("pinned", True), ("leased", False), ("idle", False)):
+        room.load(key, 10, pinned=pinned)
+    room.residency.lease("leased")
+    assert room.residency.evict_idle() == 10
+    assert room.keys == ["pinned", "leased"]
+
+
+_KEYS = st.sampled_from("abcdef")
+_STEPS = st.one_of(
+    st.tuples(st.just("load"), _KEYS, st.integers(1, 12), st.integers(1, 12), st.booleans()),
+    st.tuples(st.just("lease"), _KEYS),
+    st.tuples(st.just("release"), _KEYS),
+    st.tuples(st.just("evict"), _KEYS),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(_STEPS, max_size=40))
+def test_never_over_budget_and_never_without_a_lease_holder_s_model(steps: list[tuple]) -> None:  # type: ignore[type-arg]
+    """Whatever happens: bytes stay within the budget, leased and pinned models stay, the LRU order decides."""
+    room, leases, weights, pinned_keys = Room(24), dict.fromkeys("abcdef", 0), {}, set()
+    order: list[str] = []
+    for step in steps:
+        key, before = step[1], dict(room.residency.resident())
+        gone_before = len(room.left)
+        if step[0] == "load" and key not in before:
+            try:
+                weights[key] = room.load(key, step[2], estimate=step[3], pinned=step[4])
+                pinned_keys.discard(key)
+                pinned_keys |= {key} if step[4] else set()
+                order.append(key)
+            except ResidencyFullError:
+                pass
+            left = [name for name, _ in room.left[gone_before:]]
+            could_leave = [name for name in order if name in before and not leases[name] and name not in pinned_keys]
+            assert left == could_leave[: len(left)]  # least recently used first
+        elif step[0] == "lease" and key in before:
+            assert room.residency.lease(key) is weights[key]
+            leases[key] += 1
+            order.remove(key)
+            order.append(key)
+        elif step[0] == "release" and leases[key]:
+            room.residency.release(key)
+            leases[key] -= 1
+        elif step[0] == "evict":
+            room.residency.evict(key)
+        order = [name for name in order if name in room.residency.resident()]
+        resident = room.residency.resident()
+        assert room.residency.used_bytes == sum(resident.values()) <= 24
+        assert all(not weights[name].is_closed for name, count in leases.items() if count)
+        assert all(weights[name].is_closed == (name not in resident) for name in weights)

@@ -1,0 +1,24 @@
+"""The Flask application: its parts put together. Nothing is connected before the first request."""
+
+from flask import Flask
+
+from common.settings import WebSettings
+from tasks.client import FarmClient
+from webapp import farm as farms
+from webapp import problems
+from webapp.farm import Farm, Snapshots
+from webapp.fleet import Fleet
+from webapp.views import encode, health, models, tasks
+
+
+def create_app(settings: WebSettings, snapshots: Snapshots, client: FarmClient) -> Flask:
+    """The application over a started snapshot reader and a client of the farm."""
+    app = Flask("webapp", static_folder=None)
+    app.url_map.merge_slashes = False  # clients never follow redirects, and model ids may hold anything
+    app.url_map.strict_slashes = False
+    app.url_map.redirect_defaults = False
+    farms.install(app.extensions, Farm(settings, snapshots, client, Fleet(client)))
+    problems.install(app)
+    for view in (encode, tasks, models, health):
+        app.register_blueprint(view.bp)
+    return app

@@ -1,0 +1,31 @@
+"""How gunicorn runs the web tier. The command line adds ``--bind``; settings say how many processes.
+
+gevent: a request that waits costs a greenlet, so long polls and slow clients hold no process. What bounds clients
+that misbehave: ``worker_connections`` bounds how many there are; ``keepalive`` also bounds how long the head of a
+request may take; a body that falls silent is cut off by ``webapp.wire.bodies``; header sizes are bounded by the limits
+below. An answer is at most some MiB and waits for a slow reader in a greenlet.
+"""
+
+from gevent import monkey
+
+monkey.patch_all()  # before anything imports ssl, sockets or locks
+
+from common.settings import WebSettings, load_settings  # noqa: E402
+
+_settings = load_settings(WebSettings)
+
+wsgi_app = "webapp.main:build()"
+worker_class = "webapp.gunicorn_worker.FarmWebWorker"
+workers = _settings.web_processes
+worker_connections = 2000
+backlog = 2048
+keepalive = 75
+timeout = 30
+graceful_timeout = 8
+limit_request_line = 8190
+limit_request_fields = 100
+limit_request_field_size = 16380
+accesslog = None
+errorlog = "-"
+loglevel = "warning"
+proc_name = "farmhand-web"

@@ -1,0 +1,96 @@
+"""Errors as clients see them: one table from error to status, one shape, the code also in a header.
+
+Every 429, 503 and 504 carries a positive ``Retry-After``. The body of an error is always JSON.
+"""
+
+from math import ceil
+from typing import Any, Final
+
+from flask import Flask, Response
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+
+from common.errors import (
+    BodyTooLargeError,
+    CancelledError,
+    CapacityError,
+    DeadlineExceededError,
+    EpochConflictError,
+    FarmError,
+    MediaTypeError,
+    MethodNotAllowedError,
+    ModelLoadError,
+    NotFoundError,
+    RequestError,
+)
+from common.logs import get_logger
+from tasks.codec import dump_json
+from webapp.wire.headers import JSON, set_common
+
+log = get_logger("webapp")
+
+STATUS: Final[dict[type[FarmError], int]] = {
+    FarmError: 500,
+    RequestError: 400,
+    NotFoundError: 404,
+    MethodNotAllowedError: 405,
+    MediaTypeError: 415,
+    BodyTooLargeError: 413,
+    CapacityError: 503,
+    ModelLoadError: 502,
+    DeadlineExceededError: 504,
+    CancelledError: 409,
+    EpochConflictError: 409,
+}
+DEFAULT_RETRY_AFTER_S: Final = 5.0
+
+
+def status_of(error: FarmError) -> int:
+    """The status of the nearest ancestor that has a row."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def error_body(error: FarmError) -> dict[str, Any]:
+    """What stands under ``error``."""
+    body = error.as_dict()
+    body.pop("retry_after_s", None)
+    return body
+
+
+def problem(error: FarmError) -> Response:
+    """Answer with the code, the message and, where it helps, the field."""
+    status = status_of(error)
+    response = Response(dump_json({"error": error_body(error)}), status, content_type=JSON)
+    response.headers["X-SIE-Error-Code"] = error.code
+    if status in (429, 503, 504):
+        # whole seconds, rounded up: zero would be honoured as "again at once"
+        response.headers["Retry-After"] = str(max(1, ceil(error.retry_after_s or DEFAULT_RETRY_AFTER_S)))
+    if isinstance(error, BodyTooLargeError):
+        response.headers["Connection"] = "close"  # the rest of the body is not worth reading
+    set_common(response)
+    return response
+
+
+def install(app: Flask) -> None:
+    """Give every error of the application this shape."""
+    app.register_error_handler(FarmError, problem)
+    app.register_error_handler(HTTPException, _http_problem)
+    app.register_error_handler(Exception, _unexpected)
+
+
+def _http_problem(error: HTTPException) -> Response:
+    """What Flask itself refuses."""
+    if isinstance(error, MethodNotAllowed):
+        allowed = sorted(error.valid_methods or ())
+        response = problem(MethodNotAllowedError(f"this route takes {', '.join(allowed)}"))
+        response.headers["Allow"] = ", ".join(allowed)
+        return response
+    if isinstance(error, NotFound):
+        return problem(NotFoundError("there is no such route"))
+    if error.code is not None and error.code < 500:
+        return problem(RequestError(error.description or error.name))
+    return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> Response:
+    log.error("request_broken", exc_info=error)
+    return problem(FarmError("something went wrong inside the farm; the log says what"))

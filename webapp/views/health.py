@@ -1,0 +1,58 @@
+"""``/healthz``: this process answers. ``/readyz``: a request would succeed."""
+
+from flask import Blueprint
+from flask.typing import ResponseReturnValue
+
+from common.errors import QueueUnavailableError
+from tasks.client import WorkerView
+from tasks.names import Lane, queue_name
+from webapp.farm import Farm, farm
+from webapp.wire import answers
+
+bp = Blueprint("health", __name__)
+
+
+@bp.get("/healthz")
+def healthz() -> ResponseReturnValue:
+    """Alive."""
+    return answers.answer({"status": "ok"})
+
+
+@bp.get("/readyz")
+def readyz() -> ResponseReturnValue:
+    """200 once Redis answers, a config snapshot is here and a live worker serves this farm's own queue.
+
+    ``degraded``: requests succeed, but a promise is off, and ``reasons`` say which.
+    """
+    here = farm()
+    try:
+        workers = here.client.workers()
+    except QueueUnavailableError as error:
+        return answers.not_ready([error.message])
+    ready = [worker for worker in workers if worker.is_ready and _own_queue(here) in worker.queues]
+    if not ready:
+        seen = f"{len(workers)} alive, none ready" if workers else "none alive"
+        return answers.not_ready([f"no worker serves {_own_queue(here)} ({seen})"])
+    reasons = _degradations(here, ready)
+    return answers.answer(
+        {
+            "status": "degraded" if reasons else "ready",
+            "reasons": reasons,
+            "workers": len(ready),
+            "models": len(here.served.models),
+            "epoch": here.served.epoch,
+        }
+    )
+
+
+def _own_queue(here: Farm) -> str:
+    return queue_name(here.settings.pool, here.settings.machine_profile, Lane.INTERACTIVE)
+
+
+def _degradations(here: Farm, workers: list[WorkerView]) -> list[str]:
+    reasons = []
+    if any(worker.transport == "redis" for worker in workers):
+        reasons.append("a worker uses the plain redis transport: what it holds when it is killed comes back late")
+    if not here.snapshots.is_connected:
+        reasons.append("the config DB does not answer: serving goes on from the last snapshot")
+    return reasons

@@ -1,0 +1,1 @@
+"""The shapes that clients see: request bodies, answers and headers, in JSON and msgpack."""

@@ -1,0 +1,144 @@
+"""Request bodies: bytes in, typed structs out. Whatever is wrong with a body is a RequestError that names the field."""
+
+import re
+from math import isfinite
+from typing import Any, Final, TypeVar
+
+import msgspec
+from flask import request
+
+from common.errors import BodyTooLargeError, RequestError
+from webapp.wire.headers import is_msgpack_body
+
+T = TypeVar("T")
+MAX_DEPTH: Final = 32
+"""How deep a free-form value may be nested."""
+BODY_SILENCE_S: Final = 30.0
+"""A client that sends nothing of its body for this long is cut off."""
+_WHERE: Final = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$", re.DOTALL)
+_MISSING: Final = re.compile(r"missing required field `(\w+)`")
+
+
+class Item(msgspec.Struct):
+    """One input of a request. What a text model does not read stays undecoded."""
+
+    id: str | None = None
+    text: str | None = None
+    images: msgspec.Raw = msgspec.Raw()
+    audio: msgspec.Raw = msgspec.Raw()
+    video: msgspec.Raw = msgspec.Raw()
+    document: msgspec.Raw = msgspec.Raw()
+    metadata: msgspec.Raw = msgspec.Raw()
+
+
+class EncodeParams(msgspec.Struct):
+    """How to encode."""
+
+    output_types: list[str] | None = None
+    instruction: str | None = None
+    output_dtype: str | None = None
+    options: dict[str, Any] | None = None
+
+
+class EncodeBody(msgspec.Struct):
+    """The body of an encode request."""
+
+    items: list[Item]
+    params: EncodeParams | None = None
+
+
+def read(kind: type[T], *, max_bytes: int) -> T:
+    """The body of the current request as ``kind``.
+
+    Raises:
+        MediaTypeError: neither JSON nor msgpack.
+        BodyTooLargeError: more than ``max_bytes``.
+        RequestError: broken, or not of this shape; ``param`` is the field's path.
+    """
+    as_msgpack = is_msgpack_body()
+    raw = _bytes(max_bytes)
+    if not raw:
+        raise RequestError("the request has no body")
+    try:
+        body: T = _decoder(kind, as_msgpack=as_msgpack).decode(raw)
+    except msgspec.ValidationError as error:
+        raise _mismatch(str(error)) from error
+    except RecursionError as error:
+        raise RequestError("the body is nested too deeply") from error
+    except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
+        format_name = "msgpack" if as_msgpack else "JSON"
+        raise RequestError(f"the body is not valid {format_name}: {error}") from error
+    return body
+
+
+def check_free_form(value: object, *, param: str, depth: int = 0) -> None:
+    """RequestError unless a free-form value is made of finite numbers, texts, flags, lists and maps named by texts."""
+    if depth > MAX_DEPTH:
+        raise RequestError(f"{param} is nested too deeply", param=param)
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise RequestError(f"{param} has a name that is not text", param=param)
+            check_free_form(inner, param=f"{param}.{name}"[:200], depth=depth + 1)
+    elif isinstance(value, list):
+        for at, inner in enumerate(value):
+            check_free_form(inner, param=f"{param}[{at}]"[:200], depth=depth + 1)
+    elif isinstance(value, float):
+        if not isfinite(value):
+            raise RequestError(f"{param} is not a finite number", param=param)
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise RequestError(f"{param} is too large a number", param=param)
+    elif value is not None and not isinstance(value, str):
+        raise RequestError(f"{param} is of a kind that cannot be read here", param=param)
+
+
+def _bytes(max_bytes: int) -> bytes:
+    """The body, of a stated length or chunked."""
+    environ = request.environ
+    stated = environ.get("CONTENT_LENGTH")
+    if stated and not (stated.isascii() and stated.isdigit()):
+        raise RequestError("Content-Length is not a number")
+    length = int(stated) if stated else None
+    if length is not None and length > max_bytes:
+        raise _too_large(max_bytes)
+    if (sock := environ.get("gunicorn.socket")) is not None:
+        sock.settimeout(BODY_SILENCE_S)
+    try:
+        raw: bytes = environ["wsgi.input"].read(max_bytes + 1 if length is None else length)
+    except TimeoutError as error:
+        raise RequestError(f"nothing of the body arrived for {BODY_SILENCE_S:g} s") from error
+    finally:
+        if sock is not None:
+            sock.settimeout(None)
+    if len(raw) > max_bytes:
+        raise _too_large(max_bytes)
+    if length is not None and len(raw) < length:
+        raise RequestError("the body ended before its stated length")
+    return raw
+
+
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is larger than {max_bytes} bytes: send fewer items in one request")
+
+
+def _mismatch(message: str) -> RequestError:
+    """The decoder ends its message with the path; it becomes ``param``."""
+    where = _WHERE.search(message)
+    what = message[: where.start()] if where else message
+    path = where.group(1).replace("[...]", "") if where else ""
+    if missing := _MISSING.search(what):
+        path = f"{path}.{missing.group(1)}" if path else missing.group(1)
+    return RequestError(f"{what}, at {path}" if path else what, param=path or None)
+
+
+def _decoder(kind: type, *, as_msgpack: bool) -> Any:
+    """One decoder for each kind of body and format, made once."""
+    known = _decoders.get((kind, as_msgpack))
+    if known is None:
+        made: Any = msgspec.msgpack.Decoder(kind) if as_msgpack else msgspec.json.Decoder(kind)
+        known = _decoders[kind, as_msgpack] = made
+    return known
+
+
+_decoders: dict[tuple[type, bool], Any] = {}

@@ -1,0 +1,89 @@
+"""The device of one host: what torch calls it, how much of it models may hold, and which errors speak of it.
+
+torch is asked only if it has been imported or the device is a GPU: a host of families without torch never imports it.
+"""
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from workers.host.families.protocol import Device
+from workers.host.frames import HostSetup
+
+_CGROUP: Final = Path("/sys/fs/cgroup")
+_MEMINFO: Final = Path("/proc/meminfo")
+
+
+def open_device(name: str, setup: HostSetup) -> Device:
+    """The device by torch's name of it; on a GPU its context is made, which fails here if it cannot be used."""
+    if name == "cpu":
+        return Device(pass_tokens=setup.pass_tokens)
+    import torch
+
+    index = int(name.rpartition(":")[2])
+    torch.cuda.set_device(index)
+    torch.zeros(1, device=name)
+    return Device(kind="cuda", index=index, name=name, pass_tokens=setup.pass_tokens)
+
+
+def set_threads(count: int) -> None:
+    """How many threads one forward pass on CPU may use; a torch imported later reads the environment instead."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(count)
+
+
+def measure_budget(device: Device, setup: HostSetup) -> int:
+    """Bytes that models of one host may hold: as set, or a fraction of what is there; hosts of one device share it."""
+    if setup.budget_bytes:
+        return setup.budget_bytes // setup.hosts_per_device
+    return int(_room(device) * setup.device_fraction) // setup.hosts_per_device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or the machine, had no memory left for this."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator on CPU
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether the device is of no use to this process any more: no request's fault, and only a new host helps."""
+    if is_out_of_memory(error):
+        return False
+    return type(error).__name__ == "AcceleratorError" or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+
+
+def clear_caches() -> None:
+    """Give what nobody uses back to the device."""
+    gc.collect()
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _room(device: Device) -> int:
+    if device.kind == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device.index)[1])
+    return min(_available_bytes(), *_cgroup_room())
+
+
+def _available_bytes() -> int:
+    lines = (line.split() for line in _MEMINFO.read_text().splitlines())
+    return next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
+
+
+def _cgroup_room() -> Iterator[int]:
+    """What the container's memory limits leave, where there are any (cgroup v2, then v1)."""
+    pairs = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+    yield sys.maxsize
+    for limit, usage in pairs:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            yield max(0, int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text()))
