@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 import orjson
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
-from redis.exceptions import ResponseError
+from redis.exceptions import ConnectionError, ResponseError  # noqa: A004 - redis-py's, which is no OSError
 
 from common.errors import MessageError
 from common.faults import fault
@@ -62,7 +62,7 @@ class PopSink(Protocol):
         """Messages have been taken; they are delivered next. ``cancelled`` ids are known to Redis."""
 
     def on_unreadable(self, message: Popped, error: MessageError) -> None:
-        """This message cannot be parsed and was not delivered."""
+        """This message broke whatever tried to take it in."""
 
     def on_gone(self) -> None:
         """The pop refused: the incarnation's heartbeat has expired."""
@@ -266,14 +266,15 @@ class FarmChannel(kombu_redis.Channel):
                 raise TypeError("headers are not a map")  # noqa: TRY301
             parsed = self.Message(payload, channel=self)
             parsed.popped = message
+            callback = self.connection._callbacks.get(message.queue)  # noqa: SLF001 - kombu's own map of consumers
+            if callback is None:  # the queue was cancelled between the pop and its reply
+                self.give_back([message.tag], "queue")
+            else:
+                callback(parsed)
+        except (ConnectionError, OSError):  # of the broker; kombu's own list of them holds KeyError, too
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a hostile message breaks, it breaks alone
-            drain.sink.on_unreadable(message, MessageError(f"the message cannot be parsed: {error!r}"))
-            return
-        callback = self.connection._callbacks.get(message.queue)  # noqa: SLF001 - kombu's own map of consumers
-        if callback is None:  # the queue was cancelled between the pop and its reply
-            self.give_back([message.tag], "queue")
-        else:
-            callback(parsed)
+            drain.sink.on_unreadable(message, MessageError(f"the message cannot be taken in: {error!r}"))
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:
         """As kombu does; with a drain, messages arrive parsed and are not recorded a second time."""

@@ -211,6 +211,13 @@ class Dispatcher:
         else:
             self._fetch_or_ready(held)
 
+    def refuse(self, tag: int, error: FarmError) -> bool:
+        """Answer a held request with an error; false if it is not held."""
+        held = self.intake.get(tag)
+        if held is not None:
+            self._settle(held, messages.failed(held.id, error, model=held.ticket.model))
+        return held is not None
+
     def on_revoked(self, request: FarmRequest, *, expired: bool) -> None:
         """Celery found the request revoked or expired: answer it through the same call as every other."""
         held = next((one for one in self.intake if one.request is request), None)

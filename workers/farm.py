@@ -256,6 +256,8 @@ class _Sink:
 
     def on_unreadable(self, message: Popped, error: MessageError) -> None:
         log.error("message_refused", queue=message.queue, error=str(error))
+        if self._farm.dispatcher.refuse(message.tag, error):
+            return
         give_back(self._farm.link, self._farm.heartbeat.incarnation, [message.tag], where="dead")
 
     def on_gone(self) -> None:

@@ -187,6 +187,8 @@ class HostEvents(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sent:
+    """What the watchdog knows of a micro-batch at a host."""
+
     hang_s: float
 
 
@@ -356,7 +358,7 @@ class HostPool:
         try:
             self._start_zygote()
         except OSError as error:  # no process, descriptor or memory to be had at the moment
-            log.error("zygote_not_started", error=str(error), again_in_s=BACK_OFF_S[-1])
+            log.warning("zygote_not_started", error=str(error), again_in_s=BACK_OFF_S[-1])
             self._close_control()
             self._hub.call_later(BACK_OFF_S[-1], self._restart_zygote)
 
@@ -614,7 +616,7 @@ class _Watchdog:
     def __init__(self, look: Callable[[float], bool]) -> None:
         self._look = look
         self._work = Event()
-        self._stopped = False
+        self._stopped = Event()
         self._thread = Thread(target=self._run, name="host-watchdog", daemon=True)
 
     def start(self) -> None:
@@ -626,28 +628,31 @@ class _Watchdog:
             self._work.set()
 
     def stop(self) -> None:
-        self._stopped = True
+        self._stopped.set()
         self._work.set()
         if self._thread.is_alive():
             self._thread.join(1.0)
 
     def _run(self) -> None:
-        excused, idle = 0.0, Event()
+        excused = 0.0
         while True:
             self._work.wait()
-            if self._stopped:
-                return
             slept_at = monotonic()
-            idle.wait(WATCH_S)
+            self._stopped.wait(WATCH_S)
             if monotonic() - slept_at > FROZEN_S + WATCH_S:
                 excused = monotonic()
-            try:
-                self._work.clear()
-                if self._look(excused):
-                    self._work.set()
-            except (OSError, ValueError) as error:  # a host was being replaced under our eyes: look again
+            self._work.clear()
+            if self._stopped.is_set():  # asked after the clearing, so that no order to stop is overlooked
+                return
+            if self._has_work(excused):
                 self._work.set()
-                log.debug("watchdog_look_failed", error=str(error))
+
+    def _has_work(self, excused: float) -> bool:
+        try:
+            return self._look(excused)
+        except (OSError, ValueError) as error:  # a host was being replaced under our eyes: look again
+            log.debug("watchdog_look_failed", error=str(error))
+            return True
 
 
 def overdue(board: Board, limits: Mapping[int, Sent], excused: float) -> str | None:

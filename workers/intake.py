@@ -101,6 +101,10 @@ class Intake:
             return 0
         return max(0, self._limits.messages - len(self._held))
 
+    def get(self, tag: Tag) -> Held | None:
+        """The held message of this tag."""
+        return self._held.get(tag)
+
     def add(self, held: Held) -> None:
         """Take a message in."""
         self._held[held.tag] = held

@@ -166,31 +166,42 @@ def test_celerys_expires_and_countdown_work(live: LiveFarm, producer: Celery) ->
     wait_until(lambda: expired.state in {"FAILURE", "REVOKED"}, 15, "the expired task to be answered")
 
 
+def occupy(live: LiveFarm, inspect: Any) -> list[str]:
+    """Fill the worker's only host: one micro-batch computing, one waiting inside it."""
+    running: list[str] = []
+    for text in ("!sleep:1.5", "!sleep:1.5"):
+        running.append(live.send(text))
+        wait_until(
+            lambda: {one["id"] for ones in (inspect.active() or {}).values() for one in ones} == set(running),
+            5,
+            "the host to hold it",
+        )
+    return running
+
+
 def test_inspect_sees_the_worker_and_what_it_runs(live: LiveFarm, producer: Celery) -> None:
     worker = live.start_worker()
-    inspect = producer.control.inspect(timeout=2)
-    running = live.send("!sleep:3")
-    wait_until(lambda: worker.started() or live.transport == "redis", 5, "the request to run")
+    inspect = producer.control.inspect(timeout=5, limit=1)
     node = next(iter(inspect.ping()))
     assert node.startswith(worker.name)
-    wait_until(lambda: [one["id"] for one in inspect.active()[node]] == [running], 5, "inspect to show it active")
-    waiting = live.send("second")
+    running = occupy(live, inspect)
+    assert {one["id"] for one in inspect.active()[node]} == set(running)
+    waiting = live.send("third")
     wait_until(lambda: waiting in {one["id"] for one in inspect.reserved()[node]}, 5, "inspect to show one reserved")
-    assert inspect.stats()[node]["farm"]["held"] == 2
-    live.wait_outcomes([running, waiting])
+    assert inspect.stats()[node]["farm"]["held"] == 3
+    live.wait_outcomes([*running, waiting])
     wait_until(lambda: not inspect.active()[node], 5, "nothing to be active any more")
 
 
 def test_revoke_answers_a_waiting_request_as_cancelled(live: LiveFarm, producer: Celery) -> None:
-    worker = live.start_worker()
-    running = live.send("!sleep:2")
-    wait_until(lambda: worker.started() or live.transport == "redis", 5, "the first to run")
-    waiting = live.send("second", model="fake/b")
-    inspect = producer.control.inspect(timeout=2)
+    live.start_worker()
+    inspect = producer.control.inspect(timeout=5, limit=1)
+    running = occupy(live, inspect)
+    waiting = live.send("third")
     wait_until(lambda: waiting in {r["id"] for rs in (inspect.reserved() or {}).values() for r in rs}, 5, "it is held")
     producer.control.revoke(waiting)
-    outcomes = live.wait_outcomes([running, waiting])
-    assert [outcome.state for outcome in outcomes] == ["succeeded", "cancelled"]
+    outcomes = live.wait_outcomes([*running, waiting])
+    assert [outcome.state for outcome in outcomes] == ["succeeded", "succeeded", "cancelled"]
 
 
 def test_events_tell_the_life_of_each_request(live: LiveFarm, producer: Celery) -> None:
@@ -200,7 +211,8 @@ def test_events_tell_the_life_of_each_request(live: LiveFarm, producer: Celery) 
         receiver = producer.events.Receiver(
             connection, handlers={"*": lambda event: seen.append((event.get("uuid", ""), event["type"]))}
         )
-        with receiver.consumer_context():
+        with receiver.consumer_context() as (listening, *_):
+            wait_until(lambda: listening.drain_events(timeout=5) or seen, 10, "the receiver to hear a heartbeat")
             good, bad = live.send("x"), live.send("!raise")
             wanted = {
                 *((good, kind) for kind in ("task-received", "task-started", "task-succeeded")),
@@ -208,7 +220,7 @@ def test_events_tell_the_life_of_each_request(live: LiveFarm, producer: Celery) 
             }
 
             def all_seen() -> bool:
-                connection.drain_events(timeout=5)
+                listening.drain_events(timeout=5)
                 return wanted <= set(seen)
 
             wait_until(all_seen, 15, "the events")
