@@ -1,7 +1,9 @@
 """Celery's consumer with the farm's habits: no gossip or mingle, and reconnects every half second."""
 
+import warnings
 from typing import Any, Final
 
+from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import Consumer
 from celery.worker.state import maybe_shutdown
 
@@ -11,6 +13,9 @@ from workers.request import Receiver
 log = get_logger("workers")
 
 RECONNECT_S: Final = 0.5
+
+# Celery announces with every lost connection that it could cancel what runs; the intake keeps it on purpose.
+warnings.filterwarnings("ignore", category=CPendingDeprecationWarning, module="celery.worker.consumer.consumer")
 
 
 class FarmConsumer(Consumer):

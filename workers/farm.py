@@ -134,6 +134,7 @@ class Farm:
         """Drain this channel's queues from now on."""
         if not self.is_batch_popping:
             channel.qos.can_consume = lambda: self.intake.total_room() > 0
+            channel.qos.restore_at_shutdown = False  # the intake keeps what it holds over a reconnect
             return
         assert isinstance(channel, FarmChannel)  # the app's broker URL names our transport
         self.drain.incarnation = self.heartbeat.incarnation
@@ -164,7 +165,7 @@ class Farm:
         log.info("worker_closing", running=self.dispatcher.running, held=len(self.intake))
         self._pump(channel, wait_s)
         self.outcomes.flush()
-        self._return_all()
+        self._return_all(channel)
         self.link.wait_answered(LEAVE_S)
         self.heartbeat.die()
         self.link.wait_answered(LEAVE_S)
@@ -238,9 +239,11 @@ class Farm:
         finally:
             ticking.cancel()
 
-    def _return_all(self) -> None:
+    def _return_all(self, channel: Any) -> None:
         tags = [held.tag for held in self.intake if not held.is_settling]
-        if self.is_batch_popping and tags:
+        if not self.is_batch_popping:
+            channel.qos.restore_at_shutdown = True  # kombu returns what it has recorded when it closes the channel
+        elif tags:
             log.info("held_returned", messages=len(tags))
             give_back(self.link, self.heartbeat.incarnation, [tag for tag in tags if isinstance(tag, int)])
 
