@@ -1,7 +1,7 @@
 """A real redis-server and a real PostgreSQL out of wheels or from PATH: how they are prepared, started and asked.
 
-Says what to run and where; whoever starts them owns the processes. Each listens on 127.0.0.1 and wants the password that
-lies, readable by its owner alone, beside its data.
+Says what to run and where; whoever starts them owns the processes. Each listens on 127.0.0.1 and wants the password
+that lies, readable by its owner alone, beside its data.
 """
 
 import os
@@ -70,7 +70,7 @@ class RedisServer:
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """One PostgreSQL cluster with its files under ``directory``. ``settings`` are ``name=value`` of its configuration."""
+    """One PostgreSQL cluster with its files under ``directory``. ``settings`` are further ``name=value``."""
 
     directory: Path
     port: int

@@ -1,8 +1,8 @@
 """Run a command without root's name, for programs that refuse to be root: ``python -m cli.unprivileged COMMAND...``.
 
-In a user namespace of its own the command is ``nobody`` by name while its files stay root's, so that no directory has to
-be opened to others. Where the kernel or a container forbids such namespaces, the command really becomes ``nobody``; then
-its files must be that account's (``owner_id``). An ordinary user's command runs as it is. Either way the command dies
+In a user namespace of its own the command is ``nobody`` by name while its files stay root's, so that no directory has
+to be opened to others. Where the kernel or a container forbids such namespaces, it really becomes ``nobody``; then its
+files must be that account's (``owner_id``). An ordinary user's command runs as it is. Either way the command dies
 with the process that started it.
 """
 

@@ -58,7 +58,7 @@ class WorkerSettings(CommonSettings):
     model_dirs: str = Field("", description="colon-separated roots under which local model directories are allowed")
     hub_cache: Path | None = Field(None, description="where Hub downloads are kept; unset: huggingface_hub's default")
     extra_families: str = Field("", description="further families, as name=module:Class, comma-separated")
-    preload_families: str = Field("dense", description="families imported before hosts start, comma-separated; fewer starts sooner")
+    preload_families: str = Field("dense", description="families imported before hosts start, comma-separated")
     torch_threads: int = Field(1, gt=0, description="threads of one host's forward pass on CPU")
     cuda_visible_devices: str | None = Field(None, validation_alias="CUDA_VISIBLE_DEVICES")
     intake_max_messages: int = Field(

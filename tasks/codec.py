@@ -31,7 +31,7 @@ def array_map(array: npt.NDArray[Any]) -> dict[bytes, Any]:
         b"type": whole.dtype.str,
         b"kind": b"",
         b"shape": whole.shape,
-        b"data": memoryview(whole).cast("B") if whole.size else b"",
+        b"data": memoryview(whole.data).cast("B") if whole.size else b"",
     }
 
 

@@ -136,7 +136,7 @@ def encode_message(
 ) -> bytes:
     """The kombu envelope of one request, as any Celery worker on Redis reads it. A body that travels by key is b''."""
     operation = TASK_NAMES[ticket.operation]
-    headers = {
+    headers: dict[str, Any] = {
         "lang": "py",
         "task": operation,
         "id": task_id,

@@ -28,6 +28,10 @@ from tasks.names import LANES, QUEUE_PREFIX, lane_of
 
 log = get_logger("tasks")
 
+_KombuQoS: Any = kombu_redis.QoS  # the stubs know neither their private parts nor what channels carry
+_KombuChannel: Any = kombu_redis.Channel
+_KombuTransport: Any = kombu_redis.Transport
+
 SCHEME: Final = "farm"
 """URLs of this transport are ``farm://host:port/db``: the same Redis, another way of reading from it."""
 BELL_WAIT_S: Final = 1
@@ -136,7 +140,7 @@ class Drain:
         return messages
 
 
-class FarmQoS(kombu_redis.QoS):
+class FarmQoS(_KombuQoS):
     """Acknowledgement for messages that came through a drain: their records are the incarnation's, not kombu's."""
 
     def can_consume(self) -> bool:
@@ -169,7 +173,7 @@ class FarmQoS(kombu_redis.QoS):
             super().restore_visible(*args, **kwargs)
 
 
-class FarmChannel(kombu_redis.Channel):
+class FarmChannel(_KombuChannel):
     """A Redis channel that, given a drain, reads the farm's queues by batch pop."""
 
     QoS = FarmQoS
@@ -312,7 +316,7 @@ class FarmChannel(kombu_redis.Channel):
                 self.drain.outstanding_tag = None
 
 
-class FarmTransport(kombu_redis.Transport):
+class FarmTransport(_KombuTransport):
     """kombu's Redis transport with ``FarmChannel``. ``driver_type`` stays redis: events and control go the same way."""
 
     Channel = FarmChannel

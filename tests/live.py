@@ -1,7 +1,7 @@
 """A live farm without its web tier: real Redis, real Postgres, real Celery workers with fake models.
 
-The test plays the web process: it publishes with the real script, and its reply list is read by nobody, so that outcomes
-can be counted per task id as they stand written in Redis.
+The test plays the web process: it publishes with the real script, and its reply list is read by nobody, so that
+outcomes can be counted per task id as they stand written in Redis.
 """
 
 import json
@@ -19,11 +19,11 @@ from uuid import uuid4
 
 import psutil
 import redis
-from config_db.catalog import apply_models
-from config_db.engine import open_engine
 from sqlalchemy.orm import Session
 
 from common.clock import FarmClock
+from config_db.catalog import apply_models
+from config_db.engine import open_engine
 from config_db.spec import ModelSpec, Source
 from tasks import messages, names, scripts
 from tasks.client import batch_key
@@ -255,6 +255,6 @@ class LiveFarm:
                 worker.signal(signal.SIGCONT)
             worker.process.kill()
             worker.process.wait(10)
-        gone, alive = psutil.wait_procs(left, timeout=10)
+        _, alive = psutil.wait_procs(left, timeout=10)
         self.redis.close()
         assert not alive, f"processes outlived their worker: {alive}"

@@ -1,12 +1,12 @@
 """The entry point that gunicorn loads, once in each of its processes: ``gunicorn -c python:webapp.gunicorn_conf``."""
 
-from config_db.snapshot import SnapshotReader
 from flask import Flask
 
 from common import faults
 from common.errors import SetupError
 from common.logs import configure_logs, get_logger
 from common.settings import WebSettings, load_settings
+from config_db.snapshot import SnapshotReader
 from tasks.client import FarmClient
 from webapp.app import create_app
 

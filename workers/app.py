@@ -21,7 +21,7 @@ def build_worker_app(settings: WorkerSettings) -> Celery:
         result_ttl_s=settings.result_ttl_s,
     )
     worker_app.conf.worker_consumer = "workers.consumer:FarmConsumer"
-    worker_app.farm_settings = settings
+    vars(worker_app)["farm_settings"] = settings  # for FarmStep; not in conf, which `inspect conf` shows to anyone
     for name in TASK_NAMES.values():
         worker_app.register_task(type(f"Farm{name.title().replace('.', '')}", (InferenceTask,), {"name": name})())
     worker_app.steps["worker"].add(FarmStep)

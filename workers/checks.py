@@ -23,7 +23,7 @@ def check_redis(client: "redis.Redis") -> None:
         SetupError: no answer, older than 6.2, or it evicts keys when full.
     """
     try:
-        info: dict[str, Any] = client.info()  # type: ignore[assignment]  # redis-py's stubs speak of async, too
+        info: dict[str, Any] = client.info()
     except redis.RedisError as error:
         raise SetupError(f"Redis does not answer: {error}; is FARMHAND_REDIS_URL right?") from error
     version = str(info.get("redis_version", "0"))

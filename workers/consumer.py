@@ -21,6 +21,8 @@ warnings.filterwarnings("ignore", category=CPendingDeprecationWarning, module="c
 class FarmConsumer(Consumer):
     """Consumer of a farm worker."""
 
+    controller: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["without_gossip"] = kwargs["without_mingle"] = True
         super().__init__(*args, **kwargs)

@@ -11,6 +11,7 @@ What dies and what happens here:
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import sha1
 from time import monotonic
 from typing import Any, Final, Protocol
@@ -241,7 +242,13 @@ class Dispatcher:
         self.on_residency()
         self._kick_soon()
 
-    def on_batch_done(self, host: int, batch: int, results: list[PartResult], timing: BatchTiming) -> None:
+    def on_batch_done(
+        self,
+        host: int,  # noqa: ARG002 - HostEvents names it
+        batch: int,
+        results: list[PartResult],
+        timing: BatchTiming,
+    ) -> None:
         """Start the next micro-batch first, then answer the finished one."""
         running = self._running.pop(batch, None)
         if running is not None:
@@ -253,7 +260,7 @@ class Dispatcher:
         self._learn(running.pick.key, max(1, timing.tokens), spent_s)
         fault("worker.batch_done")
         for part, result in zip(running.slices, results, strict=True):
-            self._take_result(part, result, timing, host)
+            self._take_result(part, result, timing)
         self.outcomes.flush()
 
     def on_host_lost(self, host: int, suspects: list[int], innocent: list[int], reason: str) -> None:
@@ -342,7 +349,8 @@ class Dispatcher:
 
     def _hold_until_eta(self, held: Held) -> None:
         """A plain producer's countdown: the request waits in the intake, its deadline counted from then on."""
-        wait_s = max(0.0, maybe_make_aware(held.request.eta).timestamp() - self._clock.now())
+        eta: datetime = maybe_make_aware(held.request.eta)  # type: ignore[arg-type]  # the caller has one
+        wait_s = max(0.0, eta.timestamp() - self._clock.now())
         held.deadline += wait_s
         self._hub.call_later(wait_s, self._fetch_or_ready, held)
 
@@ -525,7 +533,7 @@ class Dispatcher:
 
     # -- settling -----------------------------------------------------------------------------------------------
 
-    def _take_result(self, part: _Slice, result: PartResult, timing: BatchTiming, host: int) -> None:
+    def _take_result(self, part: _Slice, result: PartResult, timing: BatchTiming) -> None:
         held = part.held
         self._slices.pop(held.works[part.place], None)
         if held.is_settling or held.tag not in self.intake:
@@ -533,7 +541,6 @@ class Dispatcher:
         for name in ("tokenization_ms", "inference_ms", "postprocessing_ms"):
             held.timing[name] = max(held.timing.get(name, 0.0), getattr(timing, name))
         held.tokens_used += result.tokens
-        held.request.worker_pid = host
         if result.error is not None:
             self._settle(
                 held, Outcome(task_id=held.id, model=held.ticket.model, spec=held.ticket.spec, error=result.error)

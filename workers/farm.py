@@ -11,12 +11,12 @@ from time import monotonic
 from typing import Any, Final
 
 import redis
-from config_db.snapshot import SnapshotReader
 
 from common.clock import FarmClock
 from common.errors import MessageError
 from common.logs import get_logger
 from common.settings import WorkerSettings
+from config_db.snapshot import SnapshotReader
 from tasks import names
 from tasks.transport import Drain, FarmChannel, Popped
 from workers import checks

@@ -5,6 +5,7 @@ A dead incarnation is one found silent in two looks 2 s apart; test and move are
 """
 
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any, Final
 
@@ -37,9 +38,7 @@ class Janitor:
         known = [name.decode() for name in reply]
         self._silent_since = {one: since for one, since in self._silent_since.items() if one in known}
         for incarnation in known:
-            self._link.call(
-                "EXISTS", names.beat(incarnation), then=lambda alive, one=incarnation: self._on_look(one, alive)
-            )
+            self._link.call("EXISTS", names.beat(incarnation), then=partial(self._on_look, incarnation))
 
     def _on_look(self, incarnation: str, alive: Any) -> None:
         now = monotonic()

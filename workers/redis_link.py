@@ -86,7 +86,7 @@ class RedisLink:
     def register(self, hub: Any) -> None:
         """Read on this hub from now on; called again after every ``hub.reset()``."""
         self._hub = hub
-        self._write_fd = self._close_write_fd()
+        self._close_write_fd()
         if self._socket is None:
             self.connect()
         else:
@@ -121,7 +121,7 @@ class RedisLink:
         if self._socket is not None:
             return True
         self._next_try = monotonic() + RECONNECT_S
-        connection = self._pool.make_connection()
+        connection: Any = self._pool.make_connection()
         try:
             connection.connect()
         except (redis.RedisError, OSError) as error:
@@ -193,7 +193,7 @@ class RedisLink:
         except OSError as error:
             self._lose(str(error))
             return
-        self._write_fd = self._close_write_fd()
+        self._close_write_fd()
 
     def _send_all(self) -> None:
         assert self._socket is not None  # callers have checked
@@ -215,6 +215,7 @@ class RedisLink:
             if self._hub is not None:
                 self._hub.remove_writer(self._write_fd)
             os.close(self._write_fd)
+            self._write_fd = None
 
     def _on_readable(self) -> None:
         """Read all there is: with TLS the kernel's readiness says nothing of what is already decrypted."""
@@ -254,7 +255,7 @@ class RedisLink:
         log.warning("redis_link_lost", reason=reason, unanswered=len(self._pending))
         if self._hub is not None and self._socket is not None:
             self._hub.remove_reader(self._socket.fileno())
-        self._write_fd = self._close_write_fd()
+        self._close_write_fd()
         self._connection.disconnect()
         self._connection = self._socket = None
         self._unsent.clear()
@@ -266,6 +267,6 @@ class RedisLink:
 
 
 def _pack(command: tuple[Any, ...]) -> bytes:
-    return hiredis.pack_command(
-        tuple(part if isinstance(part, (str, bytes, int, float)) else bytes(part) for part in command)
-    )
+    parts: Any = tuple(part if isinstance(part, (str, bytes, int, float)) else bytes(part) for part in command)
+    packed: bytes = hiredis.pack_command(parts)
+    return packed

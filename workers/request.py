@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
-from celery import Task
+from celery import Task as CeleryTask
 from celery.app.base import Celery
 from celery.exceptions import InvalidTaskError
 from celery.worker.request import Request as CeleryRequest
@@ -36,6 +36,7 @@ class FarmRequest(CeleryRequest):
     """Celery's view of a held message. Revocation is answered through our outcome call, not by a silent ack."""
 
     receiver: Receiver | None = None
+    time_start: float | None = None
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: int | None, expired: bool) -> None:  # noqa: ARG002
         """Instead of Celery's silent acknowledgement: the request gets its one outcome."""
@@ -59,6 +60,9 @@ class FarmRequest(CeleryRequest):
         return str(self.delivery_info["routing_key"] or "")
 
 
+Task: Any = CeleryTask  # celery-types has it generic and Strategy a string
+
+
 class InferenceTask(Task):
     """One operation as a Celery task. Its body never runs in the worker: hosts run it, in micro-batches."""
 
@@ -66,7 +70,7 @@ class InferenceTask(Task):
     acks_late = True
     typing = False
 
-    def Strategy(self, task: Task, app: Celery, consumer: Any) -> Callable[..., None]:  # noqa: N802 - Celery's hook
+    def Strategy(self, task: Any, app: Celery, consumer: Any) -> Callable[..., None]:  # noqa: N802 - Celery's hook
         """Celery asks once per (re)connect how to handle messages of this task."""
         return intake_strategy(task, app, consumer)
 
@@ -77,7 +81,7 @@ class InferenceTask(Task):
         )
 
 
-def intake_strategy(task: Task, app: Celery, consumer: Any) -> Callable[..., None]:
+def intake_strategy(task: Any, app: Celery, consumer: Any) -> Callable[..., None]:
     """The handler of received messages: build the request, announce it, hand it to the dispatcher."""
     receiver: Receiver = consumer.receiver
     hostname, connection_errors = consumer.hostname, consumer.connection_errors

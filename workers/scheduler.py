@@ -1,8 +1,8 @@
 """Which micro-batch runs next on a free host. Pure: no I/O, no torch, no clock of its own.
 
-Owns what waits. A batch is formed at the last moment, when a host is free, in three steps: the HEAD is the request that
-must be served next (lane, then tenant, then arrival; a resident model's before an absent one's); the batch is filled with
-everything that shares the head's key; each tenant is charged its tokens.
+Owns what waits. A batch is formed at the last moment, when a host is free, in three steps: the HEAD is the request
+that must be served next (lane, then tenant, then arrival; a resident model's before an absent one's); the batch is
+filled with everything that shares the head's key; each tenant is charged its tokens.
 
 One thread owns it. Instants are monotonic seconds handed in by the caller.
 """

@@ -61,7 +61,7 @@ class IntakeStep(bootsteps.StartStopStep):
         """A cold shutdown waits for nothing."""
         consumer.controller.farm.leave(_channel(consumer), wait_s=0.0)
 
-    def info(self, consumer: Any) -> dict[str, Any]:
+    def info(self, consumer: Any) -> dict[str, Any]:  # type: ignore[override]  # the stubs say None
         """What ``inspect stats`` shows of the farm."""
         farm = consumer.controller.farm
         return {

@@ -163,7 +163,7 @@ def test_a_full_redis_still_drains(own_redis: RedisServer, database_url: str, tm
         worker.signal(signal.SIGSTOP)
         tasks = farm.send_many([str(n) for n in range(100)])
         farm.redis.config_set("maxmemory", 1)
-        with pytest.raises(Exception, match="OOM|memory"):
+        with pytest.raises(Exception, match="maxmemory"):
             farm.redis.set("x", "y")
         worker.signal(signal.SIGCONT)
         wait_until(lambda: len(farm.outcomes()) == len(tasks), 20, "every outcome")

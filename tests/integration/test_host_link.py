@@ -94,7 +94,7 @@ class LivePool:
 
     def computing(self, host: int, batch: int) -> None:
         """Run the loop until the host computes this micro-batch."""
-        board = self.pool._hosts[host].board  # noqa: SLF001 - the board is how the pool itself knows
+        board = self.pool._hosts[host].board
         self.until(lambda: any(note.batch == batch and note.stage == 3 for note in board.doing()), "computing")
 
 
@@ -182,7 +182,7 @@ def test_one_batch_is_prepared_while_another_is_computed(start: Callable[..., Li
     first = live.send(host, spec, "!sleep:0.6")
     live.computing(host, first)
     second = live.send(host, spec, "b")
-    board = live.pool._hosts[host].board  # noqa: SLF001
+    board = live.pool._hosts[host].board
     live.until(lambda: {(note.stage, note.batch) for note in board.doing()} == {(3, first), (2, second)}, "overlap")
     live.until(lambda: second in live.events.done, "both results")
     assert live.events.order[-2:] == [first, second]

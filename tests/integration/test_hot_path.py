@@ -237,7 +237,7 @@ HOSTILE = [
     b'"application/x-python-serialize", "content-encoding": "binary", "properties": {"body_encoding": "base64"}}',
     b'{"body": "%%%", "headers": {"id": null, "task": null}, "properties": {"body_encoding": "base64"}}',
     b'{"body": "", "headers": {"task": "os.system", "id": "1"}, "properties": {"delivery_info": 5}}',
-    b'{"body": "", "headers": {"task": "farm.encode", "id": {"a": 1}, "eta": "yesterday", "expires": []}, "properties": {}}',
+    b'{"body": "", "headers": {"task": "farm.encode", "id": {"a": 1}, "eta": "yesterday"}, "properties": {}}',
     b"{" * 5000,
 ]
 

@@ -1,0 +1,82 @@
+"""Starting children that cannot outlive this process, and knowing a process again by more than its number.
+
+Each child leads a session of its own, so that Ctrl-C in a terminal reaches the supervisor alone, which ends its children
+in order. The kernel kills a child when the *thread* that started it ends: start children from the main thread only.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def spawn(
+    command: Sequence[str], *, environment: Mapping[str, str], log: Path, output: Path | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a child; its errors, and its output unless ``output`` names a file, are appended to ``log``."""
+    with log.open("ab") as errors, (output.open("wb") if output else log.open("ab")) as answers:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=answers,
+            stderr=errors,
+            env=dict(environment),
+            start_new_session=True,
+            preexec_fn=_dying_with(os.getpid()),  # this process has one thread
+        )
+
+
+def adopt_orphans() -> None:
+    """Become the parent of grandchildren whose parent died, so that none is lost sight of."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def bury_orphans(known: set[int]) -> None:
+    """Collect ended children other than ``known``, whose owner asks for them himself."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess, ChildProcessError):
+            if child.pid not in known and child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, os.WNOHANG)
+
+
+def kill_group(pid: int) -> None:
+    """End a child and all that share its session."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def kill_descendants(wait_s: float) -> None:
+    """End everything that descends from this process."""
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=wait_s)
+
+
+def born_at(pid: int) -> float | None:
+    """When the process of this id was started, which tells it from a later one of the same id; None if it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _dying_with(parent: int) -> Callable[[], None]:
+    def die_with_parent() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return die_with_parent
