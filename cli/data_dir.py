@@ -54,7 +54,9 @@ class DataDir:
             self._lock.write(json.dumps({"pid": os.getpid(), "url": url}))
             self._lock.flush()
         except BlockingIOError:
-            raise SetupError(f"a farm already runs on {self.path}{self._holder()}; stop it, or use --data-dir") from None
+            raise SetupError(
+                f"a farm already runs on {self.path}{self._holder()}: stop it, or choose another with --data-dir"
+            ) from None
         except OSError as error:
             raise SetupError(
                 f"the data directory {self.path} cannot be written ({error.strerror}): choose another with --data-dir"
@@ -63,6 +65,10 @@ class DataDir:
     def log(self, name: str) -> Path:
         """The log of a child."""
         return self.path / "logs" / f"{name}.log"
+
+    def answer(self, name: str) -> Path:
+        """Where a step with an end leaves what it prints."""
+        return self.path / "run" / f"{name}.json"
 
     def port(self, name: str) -> int:
         """A port of 127.0.0.1 for a server of the farm's own: the one it had, if that is free."""

@@ -19,9 +19,9 @@ def forget(redis_url: str, *, pid: int | None = None) -> int:
     """
     try:
         with redis.Redis.from_url(redis_url, socket_connect_timeout=TIMEOUT_S, socket_timeout=TIMEOUT_S) as client:
-            known: dict[bytes, bytes] = client.hgetall(names.INCARNATIONS)  # type: ignore[assignment]
+            known: dict[bytes, bytes] = client.hgetall(names.INCARNATIONS)
             keys = [names.beat(one.decode()) for one, told in known.items() if _is_of(told, pid)]
-            return int(client.delete(*keys)) if keys else 0  # type: ignore[arg-type]
+            return int(client.delete(*keys)) if keys else 0
     except redis.RedisError:
         return 0
 

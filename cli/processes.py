@@ -1,7 +1,7 @@
 """Starting children that cannot outlive this process, and knowing a process again by more than its number.
 
-Each child leads a session of its own, so that Ctrl-C in a terminal reaches the supervisor alone, which ends its children
-in order. The kernel kills a child when the *thread* that started it ends: start children from the main thread only.
+Each child leads a session of its own, so that Ctrl-C in a terminal reaches the supervisor alone, which ends its
+children in order. The kernel kills a child when the *thread* that started it ends: only the main thread starts any.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ def spawn(
     command: Sequence[str], *, environment: Mapping[str, str], log: Path, output: Path | None = None
 ) -> "subprocess.Popen[bytes]":
     """Start a child; its errors, and its output unless ``output`` names a file, are appended to ``log``."""
-    with log.open("ab") as errors, (output.open("wb") if output else log.open("ab")) as answers:
+    with log.open("ab") as errors, output.open("wb") if output else log.open("ab") as answers:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+import psutil
 import psycopg
 import redis
 
@@ -23,6 +24,9 @@ from common.errors import SetupError
 HOST: Final = "127.0.0.1"
 DATABASE: Final = "farmhand"
 PREPARE_TIMEOUT_S: Final = 60
+_LOCK_FILE: Final = "postmaster.pid"
+_LOCK_FILE_LINES: Final = 8
+"""The last of them tells the server's state, as pg_ctl reads it."""
 
 
 @dataclass(frozen=True)
@@ -80,27 +84,41 @@ class PostgresServer:
         """Where clients find a database of it."""
         return f"postgresql://postgres:{_password(self.directory)}@{HOST}:{self.port}/{database}"
 
+    @property
+    def has_data(self) -> bool:
+        """Whether the cluster was made; SetupError if something else lies in its place."""
+        if (self.directory / "data" / "PG_VERSION").exists():
+            return True
+        if (self.directory / "data").exists():
+            raise SetupError(f"{self.directory / 'data'} is no PostgreSQL data: move it away, or use another directory")
+        return False
+
     def prepare(self) -> None:
         """Make the cluster if there is none yet; SetupError with the reason if that fails."""
+        if self.has_data:
+            return
+        command = self.making_data()
+        made = subprocess.run(command, capture_output=True, text=True, timeout=PREPARE_TIMEOUT_S, check=False)
+        if made.returncode != 0:
+            raise SetupError(f"PostgreSQL cannot make its data in {self.directory}: {_last_line(made.stderr)}")
+        self.adopt_data()
+
+    def making_data(self) -> list[str]:
+        """What makes the cluster, in a place of its own; ``adopt_data`` must follow."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.directory.chmod(0o700)
-        if (self.directory / "data" / "PG_VERSION").exists():
-            return
-        fresh = self.directory / "data.new"  # renamed when whole: a half-made cluster is never started
-        shutil.rmtree(fresh, ignore_errors=True)
-        password = self.directory / "password"
+        shutil.rmtree(self._fresh, ignore_errors=True)
         _password(self.directory)
         self._give_to_owner()
         command = [
-            *(_postgres_binary("initdb"), "-D", str(fresh), "-U", "postgres", "--encoding=UTF8", "--locale=C"),
-            *("--auth=scram-sha-256", f"--pwfile={password}"),
+            *(_postgres_binary("initdb"), "-D", str(self._fresh), "-U", "postgres", "--encoding=UTF8", "--locale=C"),
+            *("--auth=scram-sha-256", f"--pwfile={self.directory / 'password'}", "--no-instructions"),
         ]
-        made = subprocess.run(
-            unprivileged.wrapped(command), capture_output=True, text=True, timeout=PREPARE_TIMEOUT_S, check=False
-        )
-        if made.returncode != 0:
-            raise SetupError(f"PostgreSQL cannot make its data in {fresh}: {_last_line(made.stderr)}")
-        fresh.rename(self.directory / "data")
+        return unprivileged.wrapped(command)
+
+    def adopt_data(self) -> None:
+        """Take the cluster that was made whole: a half-made one is never started."""
+        self._fresh.rename(self.directory / "data")
 
     def command(self) -> list[str]:
         """What starts it, in the foreground."""
@@ -115,6 +133,27 @@ class PostgresServer:
         ]
         flags = [part for setting in settings for part in ("-c", setting)]
         return unprivileged.wrapped([_postgres_binary("postgres"), "-D", str(self.directory / "data"), *flags])
+
+    def is_started(self, pid: int) -> bool:
+        """Whether the server of this process id says that it takes connections; asks no connection of it."""
+        try:
+            lines = (self.directory / "data" / _LOCK_FILE).read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return len(lines) >= _LOCK_FILE_LINES and lines[0] == str(pid) and lines[-1].strip() == "ready"
+
+    def forget_killed(self) -> None:
+        """Remove the lock of a server that was killed; otherwise a stranger of its process id would bar the next start.
+
+        The caller knows that none of ours runs. SetupError if somebody else has started a server on these data.
+        """
+        lock = self.directory / "data" / _LOCK_FILE
+        if not lock.exists():
+            return
+        pid = int(lock.read_text().splitlines()[0])
+        if _is_server_of(pid, self.directory / "data"):
+            raise SetupError(f"another PostgreSQL (pid {pid}) runs on {self.directory / 'data'}: stop it first")
+        lock.unlink()
 
     def is_ready(self) -> bool:
         """Whether it takes connections."""
@@ -131,6 +170,10 @@ class PostgresServer:
             if found is None:
                 statement = psycopg.sql.SQL("create database {} template {}")
                 connection.execute(statement.format(psycopg.sql.Identifier(database), psycopg.sql.Identifier(template)))
+
+    @property
+    def _fresh(self) -> Path:
+        return self.directory / "data.new"
 
     def _give_to_owner(self) -> None:
         owner = unprivileged.owner_id()
@@ -175,6 +218,7 @@ def _password(directory: Path) -> str:
     """The server's password, made once."""
     path = directory / "password"
     if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
         _write_private(path, secrets.token_urlsafe(24))
     return path.read_text()
 
@@ -184,6 +228,14 @@ def _write_private(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
+
+
+def _is_server_of(pid: int, data: Path) -> bool:
+    try:
+        words = psutil.Process(pid).cmdline()
+    except psutil.NoSuchProcess:
+        return False
+    return str(data) in words and any(Path(word).name == "postgres" for word in words)
 
 
 def _last_line(text: str) -> str:

@@ -41,6 +41,7 @@ def _has_namespaces() -> bool:
 
 def main(command: list[str]) -> None:
     """Shed root's name and become the command."""
+    parent = os.getppid()
     if os.geteuid() == 0:
         account = pwd.getpwnam(ACCOUNT)
         if not _enter_namespace(account):
@@ -50,6 +51,8 @@ def main(command: list[str]) -> None:
             os.setuid(account.pw_uid)
     # after the change of credentials, which clears it
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the process that wanted this is gone")
     os.execvp(command[0], command)  # noqa: S606 - becoming the given command is the purpose
 
 

@@ -1,0 +1,157 @@
+"""``farmhand``: the command line. Each command translates and calls; a refusal is one line and status 1."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.screen import Screen
+from common.errors import FarmError, SetupError
+
+app = typer.Typer(
+    help="Serves embedding models: one API, one queue, shared devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config = typer.Typer(help="The config DB: what is served.", no_args_is_help=True)
+letters = typer.Typer(help="Messages the farm has given up.", no_args_is_help=True)
+app.add_typer(config, name="config")
+app.add_typer(letters, name="dead-letters")
+
+PORT = {"min": 1, "max": 65535}
+
+
+@app.command()
+def up(
+    host: Annotated[str, typer.Option(help="where the API listens; 0.0.0.0 for every network")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="of the API", **PORT)] = 8080,
+    flower_port: Annotated[int, typer.Option(help="of Flower, on this machine only", **PORT)] = 5555,
+    flower: Annotated[bool, typer.Option("--flower/--no-flower", help="show the workers and tasks in Flower")] = True,
+    data_dir: Annotated[Path, typer.Option(help="where the farm keeps everything")] = Path(".farmhand"),
+    machine_profile: Annotated[str, typer.Option(help="what the workers run on, as requests name it")] = "cpu",
+    workers: Annotated[int, typer.Option(help="worker processes", min=1)] = 1,
+    hosts: Annotated[str, typer.Option(help="model processes of a worker; auto: as many as fit the machine")] = "auto",
+    model_dir: Annotated[
+        list[Path] | None, typer.Option(help="a directory with a model to serve under the directory's name; repeatable")
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo/--no-demo", help="serve the demo model")] = True,
+) -> None:
+    """Start a whole farm on this machine and serve until Ctrl-C."""
+    from cli.farm import FarmOptions
+    from cli.up import up as bring_up
+
+    options = FarmOptions(
+        host=host,
+        port=port,
+        flower_port=flower_port,
+        has_flower=flower,
+        machine_profile=machine_profile,
+        workers=workers,
+        hosts=_hosts(hosts),
+        model_dirs=tuple(model_dir or ()),
+        has_demo=demo,
+    )
+    bring_up(options, data_dir, Screen())
+
+
+@app.command()
+def models() -> None:
+    """List what is served."""
+    from cli import catalogue
+
+    screen = Screen()
+    for spec in catalogue.published(_database_url()):
+        source = (
+            spec.source.path or f"hub:{spec.source.hub}{f'@{spec.source.revision}' if spec.source.revision else ''}"
+        )
+        screen.say(f"{spec.id}\t{spec.family}\t{','.join(spec.operations)}\t{source}")
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the config DB to the newest schema."""
+    from config_db.migrate import migrate as run_migrations
+
+    run_migrations(_database_url())
+    Screen().say("the config DB is at the newest schema")
+
+
+@config.command("apply")
+def apply(
+    directory: Annotated[Path, typer.Argument(help="a directory of YAML files, as catalog/")],
+    prune: Annotated[bool, typer.Option("--prune", help="also stop serving what the files do not name")] = False,
+) -> None:
+    """Make the config DB say what the files say."""
+    from cli import catalogue
+    from config_db.catalog import read_catalog
+
+    specs = read_catalog(directory)
+    epoch = catalogue.publish(_database_url(), specs, reason=f"config apply {directory.name}", prune=prune)
+    Screen().say(f"{len(specs)} models at epoch {epoch}")
+
+
+@letters.command("list")
+def list_letters() -> None:
+    """Show them, newest first: number, when, why, queue, task."""
+    from cli.dead_letters import DeadLetterBox
+
+    screen = Screen()
+    with DeadLetterBox(_redis_url()) as box:
+        for number, letter in enumerate(box.letters(), start=1):
+            told = (letter.at or "-", letter.reason or "-", letter.queue or "-", letter.task_id or "-")
+            screen.say("\t".join((str(number), *told)))
+
+
+@letters.command("replay")
+def replay(
+    task_id: Annotated[list[str] | None, typer.Argument(help="which; as listed")] = None,
+    every: Annotated[bool, typer.Option("--all", help="all of them")] = False,
+) -> None:
+    """Put messages back into their queues."""
+    from cli.dead_letters import DeadLetterBox
+
+    wanted = set(task_id or ())
+    if bool(wanted) == every:
+        raise SetupError("name the tasks to replay, or --all")
+    with DeadLetterBox(_redis_url()) as box:
+        chosen = [letter for letter in box.letters() if every or letter.task_id in wanted]
+        missing = wanted - {letter.task_id for letter in chosen}
+        if missing:
+            raise SetupError(f"no dead letter of task {', '.join(sorted(missing))}")
+        done = sum(box.replay(letter) for letter in chosen)
+    Screen().say(f"{done} replayed")
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        app()
+    except FarmError as error:
+        Screen().failed(error.message)
+        sys.exit(1)
+
+
+def _hosts(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither a number from 1 nor auto", param_hint="--hosts")
+    return int(text)
+
+
+def _database_url() -> str:
+    from common.settings import CommonSettings, load_settings
+
+    return load_settings(CommonSettings).database_url
+
+
+def _redis_url() -> str:
+    from common.settings import CommonSettings, load_settings
+
+    return load_settings(CommonSettings).redis_url
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""A transformers encoder as the dense family runs it: a module, its weights, and the passes over it.
+
+Weights are memory-mapped, so that the hosts of a machine share their pages. A module without weights (a skeleton) is
+kept when its model leaves: bringing a model back is mapping a file and hanging its tensors in.
+"""
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
+
+from workers.host.attention import NAME, layout
+from workers.host.families.dense_folder import refusal
+from workers.host.packing import Pass
+
+_PADDED: Final = "sdpa"
+_META: Final = torch.device("meta")
+
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a host has no terminal
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How passes are laid out: ``packed`` side by side, positions counted from ``first_position``; else padded."""
+
+    packed: bool
+    first_position: int = 0
+
+
+@dataclass(slots=True)
+class Encoder:
+    """A loaded module and how to run it."""
+
+    module: torch.nn.Module
+    layout: Layout
+    device: str
+    takes: frozenset[str]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its parameters and buffers."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def hidden(self, texts: Sequence[Sequence[int]], one: Pass) -> list[torch.Tensor]:
+        """The last hidden states of one pass: one tensor ``[count, length, width]`` a group of equal length."""
+        run = self._packed if self.layout.packed else self._padded
+        return run([texts[row] for row in one.rows], one)
+
+    def _packed(self, rows: Sequence[Sequence[int]], one: Pass) -> list[torch.Tensor]:
+        ids = np.fromiter((token for row in rows for token in row), dtype=np.int64, count=one.tokens)
+        first = self.layout.first_position
+        positions = np.concatenate(
+            [np.tile(np.arange(first, first + group.length), group.count) for group in one.groups]
+        )
+        inputs = {"input_ids": self._tensor(ids[None]), "position_ids": self._tensor(positions[None])}
+        with layout(one.groups):
+            states = self._forward(inputs)[0]
+        return [states[group.start : group.end].view(group.count, group.length, -1) for group in one.groups]
+
+    def _padded(self, rows: Sequence[Sequence[int]], one: Pass) -> list[torch.Tensor]:
+        ids = np.full((len(rows), one.width), _pad_id(self.module), dtype=np.int64)
+        mask = np.zeros((len(rows), one.width), dtype=np.int64)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = row
+            mask[place, : len(row)] = 1
+        states = self._forward({"input_ids": self._tensor(ids), "attention_mask": self._tensor(mask)})
+        found, place = [], 0
+        for group in one.groups:
+            found.append(states[place : place + group.count, : group.length])
+            place += group.count
+        return found
+
+    def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if "token_type_ids" in self.takes:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        with torch.inference_mode():
+            states: torch.Tensor = self.module(**inputs).last_hidden_state
+        return states
+
+    def _tensor(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+class Skeletons:
+    """Modules without weights, by architecture; owned by the compute side of one host."""
+
+    def __init__(self) -> None:
+        self._free: dict[str, list[torch.nn.Module]] = defaultdict(list)
+
+    def take(self, architecture: str) -> torch.nn.Module | None:
+        """A module to hang weights in, or None if this architecture has never been loaded."""
+        free = self._free.get(architecture)
+        if not free:
+            return None
+        return free.pop() if len(free) > 1 else copy.deepcopy(free[0])
+
+    def give_back(self, architecture: str, module: torch.nn.Module) -> None:
+        """Keep a module whose model leaves; its weights are let go."""
+        for owner in module.modules():
+            for name, tensor in owner._parameters.items():  # noqa: SLF001 - setattr would check and copy
+                if tensor is not None and tensor.device != _META:
+                    owner._parameters[name] = torch.nn.Parameter(  # noqa: SLF001
+                        torch.empty_like(tensor, device=_META), requires_grad=False
+                    )
+        self._free[architecture].append(module)
+
+
+def load_module(files: Path) -> torch.nn.Module:
+    """Load through transformers, in float32, without running code from the folder."""
+    module = AutoModel.from_pretrained(
+        files,
+        dtype=torch.float32,
+        attn_implementation=_PADDED,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    for parameter in module.parameters():
+        parameter.requires_grad_(requires_grad=False)
+    return module.eval()  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def hang_in(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Give a skeleton these weights, by name; false, and nothing done, if they do not cover it."""
+    wanted = dict(module.named_parameters(remove_duplicate=False))
+    if not wanted.keys() <= weights.keys():
+        return False
+    if any(weights[name].shape != parameter.shape for name, parameter in wanted.items()):
+        return False
+    for path, owner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name in owner._parameters:  # noqa: SLF001 - setattr would check and copy
+            if f"{prefix}{name}" in wanted:
+                owner._parameters[name] = torch.nn.Parameter(weights[f"{prefix}{name}"], requires_grad=False)  # noqa: SLF001
+    return True
+
+
+def read_weights(files: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder's safetensors files, memory-mapped, named as the bare encoder names them."""
+    paths = sorted(files.glob("*.safetensors"))
+    if not paths:
+        raise refusal("its folder holds no safetensors weights; other formats can run code and are not loaded")
+    found: dict[str, torch.Tensor] = {}
+    for path in paths:
+        found.update(load_file(path))
+    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in found.items()} if prefix else found
+
+
+def encoder(module: torch.nn.Module, chosen: Layout, device: str) -> Encoder:
+    """Make a module ready to run in a layout."""
+    module.set_attn_implementation(NAME if chosen.packed else _PADDED)  # type: ignore[operator]  # transformers' own
+    takes = frozenset(inspect.signature(module.forward).parameters)
+    types = getattr(module.config, "type_vocab_size", 0)
+    return Encoder(module.to(device), chosen, device, takes if types else takes - {"token_type_ids"})
+
+
+def layouts(module: torch.nn.Module) -> list[Layout]:
+    """The layouts worth trying, the quickest first: which one is right is found by comparing, not by name."""
+    if "position_ids" not in inspect.signature(module.forward).parameters:
+        return [Layout(packed=False)]
+    after_padding = _pad_id(module) + 1  # how RoBERTa and its kin count
+    return [Layout(packed=True), Layout(packed=True, first_position=after_padding), Layout(packed=False)]
+
+
+def _pad_id(module: torch.nn.Module) -> int:
+    return int(getattr(module.config, "pad_token_id", None) or 0)
