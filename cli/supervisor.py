@@ -161,11 +161,15 @@ class Supervisor:
         Raises:
             SetupError: a unit cannot start, and the farm was not up yet.
         """
+        self._turn()
         while not self._signals and not until():
-            self._reap()
-            self._start_due()
-            self._ask_ready()
             self._wait()
+            self._turn()
+
+    def _turn(self) -> None:
+        self._reap()
+        self._start_due()
+        self._ask_ready()
 
     def be_up(self) -> None:
         """From now on children that die are started again, whatever it takes."""

@@ -54,6 +54,8 @@ def _bring_up(plan: FarmPlan, supervisor: Supervisor, screen: Screen) -> None:
     model = supervisor.answer("schema")["first"]
     if model is not None:
         _ask(plan, supervisor, screen, model)
+    if supervisor.is_asked_to_stop:
+        return
     supervisor.be_up()
     screen.say(f"API     {plan.options.url}/v1/models")
     if plan.options.has_flower:
