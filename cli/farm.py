@@ -22,7 +22,7 @@ SERVER_TRIES: Final = 2
 WORKER_TRIES: Final = 3
 OWN_DATABASE_WAIT_S: Final = 60.0
 FOREIGN_DATABASE_WAIT_S: Final = 5.0
-_EXTRAS: Final = {
+EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "web": ("flask", "gunicorn", "gevent"),
     "worker": ("torch", "transformers", "tokenizers", "safetensors"),
 }
@@ -174,6 +174,7 @@ class FarmPlan:
         wait_s = OWN_DATABASE_WAIT_S if is_own else FOREIGN_DATABASE_WAIT_S
         command = [sys.executable, "-m", "cli.prepare", "--wait-s", str(wait_s)]
         command += ["--create"] if is_own else []
+        command += [] if self.redis else ["--ask-redis"]
         command += ["--demo"] if options.has_demo else []
         command += ["--catalog", str(options.catalog)] if options.catalog is not None else []
         command += [word for directory in options.model_dirs for word in ("--model-dir", str(directory))]
@@ -254,7 +255,7 @@ class FarmPlan:
 
 def check_installed() -> None:
     """SetupError naming the extra that is missing, if one is."""
-    for extra, modules in _EXTRAS.items():
+    for extra, modules in EXTRAS.items():
         missing = [module for module in modules if find_spec(module) is None]
         if missing:
             raise SetupError(f"{', '.join(missing)} is not installed: install farmhand with the extra {extra!r}")

@@ -12,6 +12,7 @@ from time import monotonic, sleep
 from typing import Final
 
 import psycopg
+import redis
 from psycopg import conninfo, sql
 
 from cli import catalogue
@@ -26,8 +27,11 @@ RETRY_S: Final = 0.03
 
 def main() -> None:
     options = _options()
-    database_url = load_settings(CommonSettings).database_url
     try:
+        settings = load_settings(CommonSettings)
+        database_url = settings.database_url
+        if options.ask_redis:
+            _ask_redis(settings.redis_url)
         _await_database(database_url, wait_s=options.wait_s, create=options.create)
         migrate(database_url)
         specs = catalogue.specs_of_directories(options.model_dir)
@@ -39,8 +43,18 @@ def main() -> None:
             specs += [spec for spec in read_catalog(options.catalog) if spec.id not in named]
         epoch = catalogue.publish(database_url, specs, reason="farmhand up")
     except FarmError as error:
-        sys.exit(error.message)
+        sys.stderr.write(json.dumps({"event": "farm_not_prepared", "reason": error.message}) + "\n")
+        sys.exit(1)
     sys.stdout.write(json.dumps({"epoch": epoch, "models": len(specs), "first": first}))
+
+
+def _ask_redis(url: str) -> None:
+    """SetupError if the operator's own Redis does not answer; of the farm's own, the supervisor knows."""
+    try:
+        with redis.Redis.from_url(url, socket_connect_timeout=3, socket_timeout=3) as client:
+            client.ping()
+    except (redis.RedisError, ValueError) as error:
+        raise SetupError(f"Redis does not answer: {error}; is FARMHAND_REDIS_URL right?") from error
 
 
 def _await_database(database_url: str, *, wait_s: float, create: bool) -> None:
@@ -76,6 +90,7 @@ def _create(database_url: str) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--wait-s", type=float, required=True)
+    parser.add_argument("--ask-redis", action="store_true")
     parser.add_argument("--create", action="store_true")
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--catalog", type=Path)

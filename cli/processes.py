@@ -43,10 +43,12 @@ def adopt_orphans() -> None:
 
 def bury_orphans(known: set[int]) -> None:
     """Collect ended children other than ``known``, whose owner asks for them himself."""
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess, ChildProcessError):
-            if child.pid not in known and child.status() == psutil.STATUS_ZOMBIE:
-                os.waitpid(child.pid, os.WNOHANG)
+    with suppress(ChildProcessError):  # there are none at all
+        while True:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None or ended.si_pid in known:
+                return
+            os.waitpid(ended.si_pid, 0)
 
 
 def kill_group(pid: int) -> None:

@@ -255,7 +255,10 @@ class Supervisor:
         child.start_at = monotonic() + wait_s
         if not self._is_up and child.deaths >= child.unit.tries and child.unit.is_vital:
             raise SetupError(f"{child.unit.name} {how_ended(status)}: {self.cause(child.unit.name)}")
-        self._screen.trouble(f"{child.unit.name} (pid {pid}) {how_ended(status)}; starting it again in {wait_s:g} s")
+        if self._is_up:
+            self._screen.trouble(
+                f"{child.unit.name} (pid {pid}) {how_ended(status)}; starting it again in {wait_s:g} s"
+            )
 
     def _on_failed_step(self, child: _Child) -> None:
         if child.unit.is_vital and not self._is_up:

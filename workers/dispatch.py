@@ -523,9 +523,9 @@ class Dispatcher:
         self._batch_s_per_token[key] = max(measured, 0.9 * self._batch_s_per_token.get(key, 0.0))
 
     def _announce_absent(self, now: float) -> None:
-        """Tell busy hosts which model is likely next, so that they load it beside the running batch."""
+        """Tell hosts which model is likely next, so that they load it beside what runs."""
         for view in self.hosts.hosts():
-            if view.outstanding and not view.loading:
+            if not view.loading:
                 digest = self._scheduler.next_absent(now, resident=view.resident)
                 spec = self._specs.spec(digest) if digest else None
                 if spec is not None:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,6 @@ from workers.host.attention import NAME, layout
 from workers.host.families.dense_folder import refusal
 from workers.host.packing import Pass
 
-_PADDED: Final = "sdpa"
 _META: Final = torch.device("meta")
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a host has no terminal
@@ -31,9 +30,13 @@ transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How passes are laid out: ``packed`` side by side, positions counted from ``first_position``; else padded."""
+    """How passes are laid out: ``packed`` side by side, positions counted from ``first_position``; else padded.
+
+    ``attention`` is transformers' name of the attention that runs.
+    """
 
     packed: bool
+    attention: str
     first_position: int = 0
 
 
@@ -121,7 +124,6 @@ def load_module(files: Path) -> torch.nn.Module:
     module = AutoModel.from_pretrained(
         files,
         dtype=torch.float32,
-        attn_implementation=_PADDED,
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
@@ -159,18 +161,24 @@ def read_weights(files: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 def encoder(module: torch.nn.Module, chosen: Layout, device: str) -> Encoder:
     """Make a module ready to run in a layout."""
-    module.set_attn_implementation(NAME if chosen.packed else _PADDED)  # type: ignore[operator]  # transformers' own
+    module.set_attn_implementation(chosen.attention)  # type: ignore[operator]  # transformers' own
     takes = frozenset(inspect.signature(module.forward).parameters)
     types = getattr(module.config, "type_vocab_size", 0)
     return Encoder(module.to(device), chosen, device, takes if types else takes - {"token_type_ids"})
 
 
 def layouts(module: torch.nn.Module) -> list[Layout]:
-    """The layouts worth trying, the quickest first: which one is right is found by comparing, not by name."""
+    """The packed layouts worth trying: which one is right, if any, is found by comparing, not by name."""
     if "position_ids" not in inspect.signature(module.forward).parameters:
-        return [Layout(packed=False)]
+        return []
     after_padding = _pad_id(module) + 1  # how RoBERTa and its kin count
-    return [Layout(packed=True), Layout(packed=True, first_position=after_padding), Layout(packed=False)]
+    return [Layout(packed=True, attention=NAME, first_position=first) for first in (0, after_padding)]
+
+
+def plain_layout(module: torch.nn.Module) -> Layout:
+    """Padded, with the attention that transformers itself chose: what every other layout is compared with."""
+    config: Any = module.config
+    return Layout(packed=False, attention=str(config._attn_implementation))  # noqa: SLF001 - it has no public name
 
 
 def _pad_id(module: torch.nn.Module) -> int:

@@ -6,6 +6,7 @@ skeleton of the module, so that a model that was evicted comes back in milliseco
 """
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,17 @@ from common.logs import get_logger
 from config_db.spec import ModelSpec
 from tasks.messages import Request
 from workers.host import precision
-from workers.host.encoder import Encoder, Layout, Skeletons, encoder, hang_in, layouts, load_module, read_weights
+from workers.host.encoder import (
+    Encoder,
+    Layout,
+    Skeletons,
+    encoder,
+    hang_in,
+    layouts,
+    load_module,
+    plain_layout,
+    read_weights,
+)
 from workers.host.families import results
 from workers.host.families.dense_folder import Folder, read_folder, refusal
 from workers.host.families.protocol import Device
@@ -276,13 +287,10 @@ class _Trial:
 
     def judge(self, module: torch.nn.Module) -> _Verdict:
         """The quickest layout and precision whose vectors are those of the plain run."""
-        plain = self._vectors(module, Layout(packed=False))
-        found = Layout(packed=False)
-        for layout in layouts(module):
-            cosine = self._compare(module, layout, plain)
-            if cosine >= EQUAL:
-                found = layout
-                break
+        padded = plain_layout(module)
+        plain = self._vectors(module, padded)
+        packed = (layout for layout in layouts(module) if self._compare(module, layout, plain) >= EQUAL)
+        found = next(packed, padded)
         chosen = self._precision(module, found, plain)
         log.info(
             "model_judged",
@@ -399,7 +407,7 @@ def _pool(states: torch.Tensor, pooling: str) -> torch.Tensor:
         case "max":
             return states.amax(dim=1).float()
         case "mean_sqrt_len":
-            return states.float().sum(dim=1) / float(states.shape[1]) ** 0.5
+            return states.float().sum(dim=1) / math.sqrt(states.shape[1])
         case _:
             return states.float().mean(dim=1)
 
