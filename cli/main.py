@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.screen import Screen
 from common.errors import FarmError, SetupError
+
+if TYPE_CHECKING:
+    from config_db.spec import Source
 
 app = typer.Typer(
     help="Serves embedding models: one API, one queue, shared devices.",
@@ -61,12 +64,9 @@ def models() -> None:
     """List what is served."""
     from cli import catalogue
 
-    screen = Screen()
-    for spec in catalogue.published(_database_url()):
-        source = (
-            spec.source.path or f"hub:{spec.source.hub}{f'@{spec.source.revision}' if spec.source.revision else ''}"
-        )
-        screen.say(f"{spec.id}\t{spec.family}\t{','.join(spec.operations)}\t{source}")
+    specs = catalogue.published(_database_url())
+    rows = [(spec.id, spec.family, ",".join(spec.operations), _source(spec.source)) for spec in specs]
+    Screen().table(("model", "family", "operations", "source"), rows)
 
 
 @app.command()
@@ -94,14 +94,15 @@ def apply(
 
 @letters.command("list")
 def list_letters() -> None:
-    """Show them, newest first: number, when, why, queue, task."""
+    """Show them, newest first."""
     from cli.dead_letters import DeadLetterBox
 
-    screen = Screen()
     with DeadLetterBox(_redis_url()) as box:
-        for number, letter in enumerate(box.letters(), start=1):
-            told = (letter.at or "-", letter.reason or "-", letter.queue or "-", letter.task_id or "-")
-            screen.say("\t".join((str(number), *told)))
+        rows = [
+            (str(number), letter.at or "-", letter.reason or "-", letter.queue or "-", letter.task_id or "-")
+            for number, letter in enumerate(box.letters(), start=1)
+        ]
+    Screen().table(("number", "at", "reason", "queue", "task"), rows)
 
 
 @letters.command("replay")
@@ -139,6 +140,10 @@ def _hosts(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"{text!r} is neither a number from 1 nor auto", param_hint="--hosts")
     return int(text)
+
+
+def _source(source: "Source") -> str:
+    return source.path or f"hub:{source.hub}@{source.revision or 'main'}"
 
 
 def _database_url() -> str:

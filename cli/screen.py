@@ -1,6 +1,9 @@
 """What the operator sees: one line a fact, coloured on a terminal, plain elsewhere."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 
@@ -14,6 +17,16 @@ class Screen:
     def say(self, line: str = "", *, style: str = "") -> None:
         """One line."""
         self._out.print(Text(line, style=style))
+
+    def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Columns under titles on a terminal; elsewhere one line a row, tabs between, for other programs."""
+        if not self._out.is_terminal:
+            self._out.file.writelines("\t".join(row) + "\n" for row in rows)
+            return
+        table = Table(*titles, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self._out.print(table)
 
     def doing(self, what: str) -> None:
         """A step has begun that takes a while."""
