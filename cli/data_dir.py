@@ -8,10 +8,8 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import socket
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO, Any, Final
@@ -84,15 +82,18 @@ class DataDir:
         self._write("children.json", {str(pid): processes.born_at(pid) for pid in pids})
 
     def await_orphans(self) -> None:
-        """Wait until no child of a former farm is left: killed supervisors take theirs along, but not in no time."""
+        """Wait until no child of a former farm is left: killed supervisors take theirs along, but not in no time.
+
+        Raises:
+            SetupError: some outlive even SIGKILL.
+        """
         former = {int(pid): born for pid, born in self._read("children.json", {}).items() if born is not None}
-        deadline = monotonic() + ORPHANS_WAIT_S
-        while left := [pid for pid, born in former.items() if processes.born_at(pid) == born]:
-            if monotonic() > deadline:
-                for pid in left:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                deadline = monotonic() + ORPHANS_WAIT_S
+        kill_at = monotonic() + ORPHANS_WAIT_S
+        while left := processes.left_of(former):
+            if monotonic() > kill_at + ORPHANS_WAIT_S:
+                raise SetupError(f"processes of a former farm do not end: {', '.join(map(str, left))}")
+            if monotonic() > kill_at:
+                processes.kill(left)
             sleep(0.02)
 
     def _holder(self) -> str:

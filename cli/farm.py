@@ -253,17 +253,14 @@ class FarmPlan:
         return self._data.path / "run" / "schema"
 
 
-def check_installed() -> None:
+def check_installed(*, flower: bool) -> None:
     """SetupError naming the extra that is missing, if one is."""
     for extra, modules in EXTRAS.items():
         missing = [module for module in modules if find_spec(module) is None]
         if missing:
             raise SetupError(f"{', '.join(missing)} is not installed: install farmhand with the extra {extra!r}")
-
-
-def is_flower_installed() -> bool:
-    """Whether the farm can show Flower."""
-    return find_spec("flower") is not None
+    if flower and find_spec("flower") is None:
+        raise SetupError("flower is not installed: install farmhand with the extra 'cli', or start with --no-flower")
 
 
 def _schema() -> str:

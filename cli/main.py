@@ -132,6 +132,9 @@ def main() -> None:
     except FarmError as error:
         Screen().failed(error.message)
         sys.exit(1)
+    except OSError as error:
+        Screen().failed(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        sys.exit(1)
 
 
 def _hosts(text: str) -> int | None:

@@ -8,7 +8,7 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -72,6 +72,31 @@ def born_at(pid: int) -> float | None:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
     except psutil.NoSuchProcess:
+        return None
+
+
+def left_of(leaders: Mapping[int, float]) -> list[int]:
+    """Who is left of former sessions; ``leaders`` maps their ids to when they were born.
+
+    While a session has members its id is given to no new process: a leader of another birth means that it is over.
+    """
+    births = {pid: born_at(pid) for pid in leaders}
+    alive = [pid for pid, born in births.items() if born is not None and born == leaders[pid]]
+    headless = {pid for pid, born in births.items() if born is None}
+    return alive + ([pid for pid in psutil.pids() if _session(pid) in headless] if headless else [])
+
+
+def kill(pids: Iterable[int]) -> None:
+    """End processes, whether or not they are still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
         return None
 
 

@@ -28,9 +28,9 @@ STARTING_TICK_S: Final = 0.02
 TICK_S: Final = 5.0
 SAY_AFTER_S: Final = 1.0
 SAY_AGAIN_S: Final = 15.0
-SERVING_STOP_S: Final = 8.0
-"""How long what serves may take to end: a worker drains 7 s."""
-STORING_STOP_S: Final = 1.5
+SERVING_STOP_S: Final = 8.3
+"""How long what serves may take to end: a worker drains 7 s and ends its hosts."""
+STORING_STOP_S: Final = 1.2
 UNSERVED_S: Final = 0.5
 """How long the API waits for answers once no worker is left to give any."""
 KILLED_S: Final = 2.0

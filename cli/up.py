@@ -24,7 +24,7 @@ def up(options: FarmOptions, directory: Path, screen: Screen) -> None:
     started_at = monotonic()
     settings = load_settings(WorkerSettings)
     load_settings(WebSettings)  # refused here in one line, not in the log of a child
-    farm.check_installed()
+    farm.check_installed(flower=options.has_flower)
     with DataDir(directory) as data:
         data.take(url=options.url)
         data.await_orphans()
@@ -37,7 +37,7 @@ def up(options: FarmOptions, directory: Path, screen: Screen) -> None:
             if not supervisor.is_asked_to_stop:
                 screen.say(f"ready after {monotonic() - started_at:.1f} s; Ctrl-C ends it", style="bold")
                 supervisor.run(until=lambda: False)
-            screen.say("stopping ...")
+            screen.say("stopping ... (once more: at once)")
     screen.say("stopped; the data stay in " + str(directory))
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import redis
 
 from common.errors import FarmError, QueueFullError, QueueUnavailableError
+from common.faults import fault
 from common.logs import get_logger
 from tasks import names, scripts
 from tasks.redis_line import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, RedisLine, is_out_of_memory, pack
@@ -115,8 +116,10 @@ class Publisher:
         entries = self._in_time(entries)
         if not entries:
             return
+        fault("web.before_publish")
         try:
             answers = self._round(entries)
+            fault("web.published")
         except (redis.RedisError, OSError) as error:
             log.warning("publish_failed", error=str(error), requests=len(entries))
             _fail(entries, _unavailable(error))

@@ -13,6 +13,7 @@ from typing import Any, Final
 import redis
 
 from common.errors import FarmError, MessageError
+from common.faults import fault
 from common.logs import get_logger
 from tasks import messages, names
 from tasks.messages import Outcome
@@ -128,6 +129,8 @@ class ReplyListener:
         taken, sleeps = 0, False
         while not self._is_closed:
             replies, sleeps = self._read(taken, sleeps=sleeps)
+            if replies:
+                fault("web.reply_read")
             for raw in replies:
                 self._hand_over(raw)
             taken = len(replies)

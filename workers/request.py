@@ -44,6 +44,10 @@ class FarmRequest(CeleryRequest):
         if self.receiver is not None:
             self.receiver.on_revoked(self, expired=expired)
 
+    def terminate(self, pool: Any, signal: Any = None) -> None:  # noqa: ARG002 - Celery's signature
+        """``revoke(terminate=True)``: answered at once; a micro-batch that runs goes on for its other requests."""
+        self._announce_revoked("terminated", terminated=True, signum=None, expired=False)
+
     @property
     def tag(self) -> Any:
         """What names the message until it is acknowledged."""

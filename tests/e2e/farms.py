@@ -41,10 +41,10 @@ def clean_environment() -> dict[str, str]:
 class UpFarm:
     """One ``farmhand up``."""
 
-    def __init__(self, directory: Path, *words: str, **environment: str) -> None:
+    def __init__(self, directory: Path, *words: str, port: int | None = None, **environment: str) -> None:
         self.data = directory / "farm"
-        self.port, self.flower_port = free_port(), free_port()
-        self.output = directory / f"up-{self.port}.log"
+        self.port, self.flower_port = port or free_port(), free_port()
+        self.output = directory / f"up-{self.port}-{self.flower_port}.log"
         self.words = ["--data-dir", str(self.data), "--port", str(self.port), "--flower-port", str(self.flower_port)]
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(

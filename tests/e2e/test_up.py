@@ -56,8 +56,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., UpFarm]]:
     """Farms of the test's own, all on one data directory."""
     started: list[UpFarm] = []
 
-    def make(*words: str) -> UpFarm:
-        started.append(UpFarm(tmp_path, *words))
+    def make(*words: str, port: int | None = None) -> UpFarm:
+        started.append(UpFarm(tmp_path, *words, port=port))
         return started[-1]
 
     yield make
@@ -134,10 +134,9 @@ def test_async_results_outlive_a_stop_and_a_killed_supervisor(start: Callable[..
     assert second.call("GET", f"/v1/tasks/{accepted['task_id']}")[1]["result"] == kept["result"]
     family = second.family()
     second.process.kill()
-    _, alive = psutil.wait_procs(family, timeout=8)
+    third = start("--no-flower", port=second.port).wait_ready()  # at once: it waits for what is left of the second
+    _, alive = psutil.wait_procs(family, timeout=2)
     assert not alive, f"outlived the killed supervisor: {alive}"
-
-    third = start("--no-flower").wait_ready()
     assert third.call("GET", f"/v1/tasks/{accepted['task_id']}")[1]["result"] == kept["result"]
     third.stop()
 

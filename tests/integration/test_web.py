@@ -1,18 +1,13 @@
 """The web tier over real HTTP: gunicorn with gevent, a real Redis, and a stand-in for the worker."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
@@ -26,60 +21,10 @@ from config_db.engine import open_engine
 from tasks import codec, names
 from tests.services import RedisServer, free_port, wait_until
 from tests.standin import QUEUE, SPECS, StandIn, vector_of
+from tests.web import ROOT, Web, gunicorn, start_web, stop_web
 
-ROOT = Path(__file__).resolve().parents[2]
 MSGPACK = "application/msgpack"
 AS_JSON = {"Content-Type": "application/json"}
-
-
-@dataclass
-class Web:
-    """One running gunicorn and a client of it."""
-
-    http: httpx.Client
-    port: int
-    process: "subprocess.Popen[bytes]"
-    log: Path
-
-    def encode(self, *texts: str, **rest: Any) -> httpx.Response:
-        return self.http.post("/v1/encode/org/m", json={"items": [{"text": text} for text in texts]}, **rest)
-
-
-def gunicorn(
-    redis_url: str, directory: Path, port: int, application: tuple[str, ...], **settings: str
-) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of a web tier; ``application`` is empty for the real one."""
-    environment = os.environ | {"FARMHAND_REDIS_URL": redis_url, "FARMHAND_STATE_DIR": str(directory)}
-    environment |= {f"FARMHAND_{name}": value for name, value in settings.items()}
-    command = [sys.executable, "-m", "gunicorn", "-c", "python:webapp.gunicorn_conf", "-b", f"127.0.0.1:{port}"]
-    return [*command, *application], environment
-
-
-def start_web(
-    redis_url: str, directory: Path, application: tuple[str, ...] = ("tests.standin:build_web()",), **settings: str
-) -> Web:
-    port = free_port()
-    command, environment = gunicorn(redis_url, directory, port, application, **settings)
-    log = directory / "web.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-    web = Web(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30), port, process, log)
-
-    def answers() -> bool:
-        assert process.poll() is None, log.read_text()
-        with suppress(httpx.TransportError):
-            return web.http.get("/healthz").status_code == 200
-        return False
-
-    wait_until(answers, 20, "gunicorn to answer")
-    return web
-
-
-def stop_web(web: Web) -> None:
-    web.http.close()
-    web.process.terminate()
-    web.process.wait(15)
-    assert "Traceback" not in web.log.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_passwords_are_among_no_arguments(tmp_path: Path) -> None:
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(farm.EXTRAS, "worker", ("no_such_module",))
     with pytest.raises(SetupError, match="no_such_module is not installed: install farmhand with the extra 'worker'"):
-        farm.check_installed()
+        farm.check_installed(flower=True)
 
 
 @pytest.mark.parametrize("words", [["up", "--hosts", "none"], ["up", "--port", "0"], ["up", "--workers", "0"]])
