@@ -57,7 +57,7 @@ class FarmOptions:
 
 
 class FarmPlan:
-    """Decides what runs and where; starts nothing.
+    """Decides what runs and where, and lays out the files of the farm's own servers; starts nothing.
 
     Args:
         options: what was asked for.
