@@ -3,9 +3,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
 BIN := $(VENV)/bin
-# Python 3.11 or 3.12: the wheels with redis-server inside exist for these. 3.13 and later need redis-server on PATH.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+# Those of the given Python interpreters that run and are new enough: a name on PATH may lead to nothing.
+fit = $(foreach p,$(1),$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p)))
+# The wheels with redis-server inside exist for 3.11 and 3.12. 3.13 and later need redis-server on PATH.
+PYTHON ?= $(firstword $(call fit,python3.12 python3.11 python3))
+# Where to take torch from instead of the usual index, as from that of the CPU builds.
+TORCH_INDEX ?=
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 FIGURES ?=
 
@@ -18,9 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Farmhand needs Python 3.11 or newer: install it, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Installing into $(VENV) with $$($(PYTHON) --version); the first time takes some minutes ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[web,worker,cli,demo]' --group dev
+	@$(PIP) 'pip>=25.1'
+	@$(if $(TORCH_INDEX),$(PIP) -c constraints.txt --index-url '$(TORCH_INDEX)' torch)
+	@$(PIP) -c constraints.txt -e '.[web,worker,cli,demo]' --group dev
 	@touch $@
 
 run: $(INSTALLED) ## start the whole farm on this machine: API on 8080, Flower on 5555
@@ -41,12 +45,16 @@ bench: $(INSTALLED) ## measure; FIGURES="name name" for some
 migrate: $(INSTALLED) ## bring FARMHAND_DATABASE_URL to the newest schema
 	$(BIN)/farmhand migrate
 
-lock: $(INSTALLED) ## write constraints.txt anew: the newest versions that resolve together
+# by the oldest Python that the farm runs on: what the newest one resolves to may not exist for it
+lock: PYTHON = $(firstword $(call fit,python3.11 python3.12 python3))
+lock: BIN = build/lock/bin
+lock: ## write constraints.txt anew: the newest versions that resolve together
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
-	build/lock/bin/python -m pip install --quiet --disable-pip-version-check -e '.[web,worker,cli,demo]' --group dev
-	build/lock/bin/python -m pip freeze --exclude-editable --exclude pip | sed 's/+.*$$//' > constraints.txt
+	$(PIP) 'pip>=25.1'
+	$(PIP) -e '.[web,worker,cli,demo]' --group dev
+	set -o pipefail; $(BIN)/python -m pip freeze --exclude-editable --exclude pip | sed 's/+.*$$//' > build/lock/constraints.txt
+	mv build/lock/constraints.txt constraints.txt
 
 clean: ## remove what the other targets have made, the farm's data included
-	rm -rf $(VENV) .farmhand build dist bench/out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .farmhand build dist bench/out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,6 +27,7 @@ class CommonSettings(BaseSettings):
     transport: Literal["farm", "redis"] = Field("farm", description="farm: batch pop; redis: kombu's own, the fallback")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     state_dir: Path = Field(Path(".farmhand"), description="where snapshots and caches are kept across restarts")
+    events: bool = Field(True, description="send Celery events; Flower shows tasks only with them")
     config_poll_s: float = Field(2.0, gt=0, description="how often the config epoch is polled")
     pool: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]*$")
     machine_profile: str = Field("cpu", pattern=r"^[a-z0-9][a-z0-9-]*$")

@@ -11,7 +11,13 @@ from tasks.names import LANES, queue_name
 
 
 def build_app(
-    redis_url: str, *, farm_transport: str, pool: str, machine_profile: str, result_ttl_s: int = 3600
+    redis_url: str,
+    *,
+    farm_transport: str,
+    pool: str,
+    machine_profile: str,
+    result_ttl_s: int = 3600,
+    events: bool = True,
 ) -> Celery:
     """A configured Celery app; nothing is connected yet.
 
@@ -21,6 +27,7 @@ def build_app(
         pool: with ``machine_profile``, names the queues a worker consumes when given no ``-Q``.
         machine_profile: the GPU type, or ``cpu``.
         result_ttl_s: how long Celery's result backend keeps a result, in seconds.
+        events: whether a worker sends Celery events.
     """
     transport.register()
     queues = [queue_name(pool, machine_profile, lane) for lane in LANES]
@@ -48,7 +55,7 @@ def build_app(
         worker_concurrency=1,
         worker_disable_rate_limits=True,
         worker_enable_remote_control=True,
-        worker_send_task_events=True,
+        worker_send_task_events=events,
         task_send_sent_event=False,
         worker_hijack_root_logger=False,
         worker_soft_shutdown_timeout=0,

@@ -144,9 +144,11 @@ class FarmQoS(_KombuQoS):
     """Acknowledgement for messages that came through a drain: their records are the incarnation's, not kombu's."""
 
     def can_consume(self) -> bool:
-        """Whether the intake has room; kombu's prefetch count where there is no drain."""
+        """Whether the intake has room, or a pop's reply waits; kombu's prefetch count where there is no drain."""
         drain = self.channel.drain
-        return bool(super().can_consume()) if drain is None else drain.wanted() > 0
+        if drain is None:
+            return bool(super().can_consume())
+        return bool(self.channel.has_asked or drain.wanted() > 0)
 
     def append(self, message: Any, delivery_tag: Any) -> None:
         """Keep kombu's own records for kombu's own messages only: the pop has recorded ours."""

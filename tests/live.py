@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -67,11 +68,11 @@ class LiveWorker:
 
     def held(self) -> int:
         """Unacknowledged messages of this worker."""
-        return int(self.farm.redis.hlen(names.unacked(self.incarnation)))  # type: ignore[arg-type]
+        return int(self.farm.redis.hlen(names.unacked(self.incarnation)))
 
     def started(self) -> int:
         """Messages it has started to run and not settled."""
-        return int(self.farm.redis.hlen(names.started(self.incarnation)))  # type: ignore[arg-type]
+        return int(self.farm.redis.hlen(names.started(self.incarnation)))
 
     def family(self) -> list[psutil.Process]:
         """Its zygote and hosts."""
@@ -112,7 +113,7 @@ class LiveFarm:
     epoch: int = 0
 
     def __post_init__(self) -> None:
-        self.redis: redis.Redis = redis.Redis.from_url(self.redis_url, socket_timeout=10)
+        self.redis: Any = redis.Redis.from_url(self.redis_url, socket_timeout=10)
         self.clock = FarmClock()
 
     def add_models(self, *specs: ModelSpec) -> None:
@@ -153,7 +154,7 @@ class LiveFarm:
 
     def incarnations(self) -> dict[str, dict[str, Any]]:
         """What workers have told of themselves, and whether their heartbeat stands."""
-        told: dict[bytes, bytes] = self.redis.hgetall(names.INCARNATIONS)  # type: ignore[assignment]
+        told: dict[bytes, bytes] = self.redis.hgetall(names.INCARNATIONS)
         return {
             key.decode(): {**json.loads(text), "alive": bool(self.redis.exists(names.beat(key.decode())))}
             for key, text in told.items()
@@ -217,12 +218,12 @@ class LiveFarm:
 
     def waiting(self, lane: Lane = Lane.INTERACTIVE) -> int:
         """Messages in a queue."""
-        return int(self.redis.llen(queue_name(POOL, PROFILE, lane)))  # type: ignore[arg-type]
+        return int(self.redis.llen(queue_name(POOL, PROFILE, lane)))
 
     def outcomes(self) -> dict[str, list[Outcome]]:
         """Every synchronous outcome as written in Redis, by task id."""
         found: dict[str, list[Outcome]] = defaultdict(list)
-        for raw in self.redis.lrange(self.reply_to, 0, -1):  # type: ignore[union-attr]
+        for raw in self.redis.lrange(self.reply_to, 0, -1):
             outcome = messages.decode_outcome(raw)
             found[outcome.task_id].append(outcome)
         return found
@@ -233,7 +234,7 @@ class LiveFarm:
 
         def all_there() -> bool:
             self.redis.expire(self.reply_to, 300)
-            return int(self.redis.llen(self.reply_to)) >= len(wanted) and wanted <= set(self.outcomes())  # type: ignore[arg-type]
+            return int(self.redis.llen(self.reply_to)) >= len(wanted) and wanted <= set(self.outcomes())
 
         wait_until(all_there, timeout_s, f"{len(wanted)} outcomes; missing some in {self.reply_to}")
         found = self.outcomes()
@@ -245,7 +246,10 @@ class LiveFarm:
         """Nothing is open, unacknowledged or queued any more."""
         wait_until(lambda: not self.redis.exists(names.OPEN), 10, "no open task")
         for incarnation in self.incarnations():
-            wait_until(lambda one=incarnation: not self.redis.hlen(names.unacked(one)), 10, "no unacknowledged message")
+            wait_until(partial(self._holds_nothing, incarnation), 10, "no unacknowledged message")
+
+    def _holds_nothing(self, incarnation: str) -> bool:
+        return not self.redis.hlen(names.unacked(incarnation))
 
     def close(self) -> None:
         """End every worker and prove that none of its processes is left."""

@@ -19,6 +19,7 @@ def build_worker_app(settings: WorkerSettings) -> Celery:
         pool=settings.pool,
         machine_profile=settings.machine_profile,
         result_ttl_s=settings.result_ttl_s,
+        events=settings.events,
     )
     worker_app.conf.worker_consumer = "workers.consumer:FarmConsumer"
     vars(worker_app)["farm_settings"] = settings  # for FarmStep; not in conf, which `inspect conf` shows to anyone

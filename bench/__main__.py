@@ -1,0 +1,114 @@
+"""``python -m bench [--quick] [NAME...]``: measure, print a table, merge into ``bench/out/latest.json``."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import figures
+from bench.drain import drain_msgs_per_s
+from bench.figures import Effort, Figure, Measured, spread
+
+OUT = Path(__file__).resolve().parent / "out" / "latest.json"
+FIGURES: dict[str, tuple[Figure, float | None, float | None]] = {
+    "list32_ratio": (figures.list32_ratio, 0.85, 0.95),
+    "single64_ratio": (figures.single64_ratio, 0.50, 0.65),
+    "single64_fp32_ratio": (figures.single64_fp32_ratio, 0.75, 0.85),
+    "mixed32_ratio": (figures.mixed32_ratio, 0.80, 0.95),
+    "busy_core_ratio": (figures.busy_core_ratio, 0.5, 0.65),
+    "cpu_ms_per_request": (figures.cpu_ms_per_request, 0.8, 0.5),
+    "overhead_ms_p50": (figures.overhead_ms_p50, 3.0, 1.5),
+    "drain_msgs_per_s": (drain_msgs_per_s, 8000, 12000),
+    "evict12_ratio": (figures.evict12_ratio, 0.8, 0.95),
+    "start_s": (figures.start_s, 15, 8),
+    "farm_idle_mb": (figures.farm_idle_mb, 1600, 1100),
+    "growth": (figures.growth, None, None),
+}
+"""Name, function, what is to be reached, and what would delight; the better direction is the stretch's."""
+
+
+def main(words: list[str]) -> int:
+    """Measure the named figures, or all."""
+    effort = Effort(rounds=2, seconds=2.0) if "--quick" in words else Effort(rounds=5, seconds=5.0)
+    wanted = [word for word in words if not word.startswith("--")] or list(FIGURES)
+    unknown = [name for name in wanted if name not in FIGURES]
+    if unknown:
+        print(f"no figure {unknown[0]!r}; there are {', '.join(FIGURES)}")
+        return 2
+    console = Console(width=160)
+    for name in wanted:
+        function, reach, stretch = FIGURES[name]
+        with console.status(f"{name} ..."):
+            measured = function(effort)
+        merge(name, measured, reach, stretch)
+        console.print(line(name, measured, reach, stretch))
+        for note in measured.notes:
+            console.print(f"    {note}", style="dim")
+    console.print(table(wanted))
+    return 0
+
+
+def merge(name: str, measured: Measured, reach: float | None, stretch: float | None) -> None:
+    """Write one figure over its former value."""
+    known = read()
+    known[name] = {
+        "value": round(median(measured.samples), 4),
+        "reach": reach,
+        "stretch": stretch,
+        "spread": round(spread(measured.samples), 4),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "notes": measured.notes,
+    }
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def read() -> dict[str, Any]:
+    """The figures measured so far."""
+    found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
+    return found
+
+
+def line(name: str, measured: Measured, reach: float | None, stretch: float | None) -> str:
+    """One figure as a line."""
+    verdict = _verdict(median(measured.samples), reach, stretch)
+    return f"[bold]{name}[/] {median(measured.samples):.4g} ±{spread(measured.samples):.0%}  {verdict}"
+
+
+def table(names: list[str]) -> Table:
+    """The figures as a table."""
+    made = Table("figure", "median", "spread", "reach", "stretch", "")
+    known = read()
+    for name in names:
+        row = known[name]
+        made.add_row(
+            name,
+            f"{row['value']:.4g}",
+            f"{row['spread']:.0%}",
+            _shown(row["reach"]),
+            _shown(row["stretch"]),
+            _verdict(row["value"], row["reach"], row["stretch"]),
+        )
+    return made
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _verdict(value: float, reach: float | None, stretch: float | None) -> str:
+    if reach is None or stretch is None:
+        return ""
+    sign = 1 if stretch >= reach else -1
+    if sign * value >= sign * stretch:
+        return "stretch"
+    return "reached" if sign * value >= sign * reach else "falls short"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

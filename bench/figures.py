@@ -1,0 +1,236 @@
+"""The figures by name: what each measures. A figure returns its samples, one a round, and what stands beside it."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import copytree, rmtree
+from statistics import median
+from time import monotonic
+from typing import Any
+
+import msgspec
+from safetensors.torch import load_file, save_file
+
+from bench.ceilings import Ceilings, ceilings, demo_folder
+from bench.farm import DEMO, Farm, running, start, stop
+from config_db.catalog import spec_of_directory
+from config_db.spec import ModelSpec
+
+FP32 = "bench/fp32"
+EVICTED_MODELS, ROOM_FOR = 12, 6
+MODEL_BYTES = 45_434_624
+"""One all-MiniLM-L6-v2 in bfloat16."""
+
+
+@dataclass
+class Measured:
+    """The samples of one figure and a line that says how they came about."""
+
+    samples: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Say something beside the figure, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    rounds: int
+    seconds: float
+
+
+Figure = Callable[[Effort], Measured]
+
+
+def list32_ratio(effort: Effort) -> Measured:
+    """Requests of 32 short texts, 16 callers: texts per second over the ceiling's."""
+    return _ratio(effort, "bfloat16", "short", callers=16, count=32)
+
+
+def single64_ratio(effort: Effort) -> Measured:
+    """Requests of 1 short text, 64 callers, default precision: over the ceiling's."""
+    return _ratio(effort, "bfloat16", "short", callers=64, count=1)
+
+
+def single64_fp32_ratio(effort: Effort) -> Measured:
+    """The same in float32 on both sides."""
+    return _ratio(effort, "float32", "short", callers=64, count=1)
+
+
+def mixed32_ratio(effort: Effort) -> Measured:
+    """Requests of 32 texts of mixed length, 16 callers: over the ceiling's."""
+    return _ratio(effort, "bfloat16", "mixed", callers=16, count=32)
+
+
+def busy_core_ratio(effort: Effort) -> Measured:
+    """Rate at 64 x 1 with one foreign busy core, over the quiet rate of the same round."""
+    measured = Measured()
+    with running() as farm:
+        _warm(farm)
+        for _ in range(effort.rounds):
+            quiet = farm.load(64, 1, effort.seconds)["texts_s"]
+            foreign = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            try:
+                busy = farm.load(64, 1, effort.seconds)["texts_s"]
+            finally:
+                foreign.kill()
+                foreign.wait()
+            measured.samples.append(busy / quiet)
+            measured.note(f"bfloat16; quiet {quiet:.0f}/s")
+    return measured
+
+
+def cpu_ms_per_request(effort: Effort) -> Measured:
+    """CPU of web, worker and Redis for a request of 1 text, 64 callers, events on, in ms."""
+    measured = Measured()
+    with running() as farm:
+        _warm(farm)
+        for _ in range(effort.rounds):
+            seen = farm.load(64, 1, effort.seconds)
+            measured.samples.append(sum(seen["cpu_ms"][role] for role in ("web", "worker", "redis")))
+        measured.note(f"bfloat16; ms: {_shares(seen)}")
+    return measured
+
+
+def overhead_ms_p50(effort: Effort) -> Measured:
+    """Latency above the model's own time (tokenising, inference, writing), 1 caller, median, in ms."""
+    measured = Measured()
+    with running() as farm:
+        _warm(farm)
+        for _ in range(effort.rounds):
+            seen = farm.load(1, 1, effort.seconds)
+            measured.samples.append(seen["above_model_ms"])
+        measured.note(f"bfloat16; p50 {seen['p50_ms']:.1f} ms, p99 {seen['p99_ms']:.1f} ms; ms: {_shares(seen)}")
+    return measured
+
+
+def evict12_ratio(effort: Effort) -> Measured:
+    """12 models with memory for 6 a host, Zipf, requests of 32 short texts, 16 callers: over all resident."""
+    measured = Measured()
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="farmhand-bench-models-"))
+        stack.callback(rmtree, folder, ignore_errors=True)
+        words = [word for path in _perturbed(folder) for word in ("--model-dir", str(path))]
+        models = tuple(path.name for path in sorted(folder.iterdir()))
+        roomy = stack.enter_context(running("--no-demo", "--hosts", "2", *words))
+        memory = str(int(2 * ROOM_FOR * MODEL_BYTES * 1.02))
+        tight = stack.enter_context(running("--no-demo", "--hosts", "2", *words, FARMHAND_DEVICE_MEMORY=memory))
+        for farm in (roomy, tight):
+            farm.load(16, 32, 4 * effort.seconds, "short", *models)
+        for _ in range(effort.rounds):
+            whole = roomy.load(16, 32, effort.seconds, "short", *models)
+            less = tight.load(16, 32, effort.seconds, "short", *models)
+            measured.samples.append(less["texts_s"] / whole["texts_s"])
+        ones = [farm.load(16, 1, effort.seconds, "short", *models)["texts_s"] for farm in (tight, roomy)]
+        measured.note(f"bfloat16; {less['texts_s']:.0f} of {whole['texts_s']:.0f} texts/s; 1 text a request: ")
+        measured.note(f"{ones[0]:.0f} of {ones[1]:.0f} ({ones[0] / ones[1]:.2f})")
+    return measured
+
+
+def start_s(effort: Effort) -> Measured:
+    """Seconds from the second ``farmhand up`` to ready, demo model answered."""
+    measured = Measured()
+    directory = Path(tempfile.mkdtemp(prefix="farmhand-bench-"))
+    try:
+        stop(start(directory / "data", directory))
+        for _ in range(effort.rounds):
+            began = monotonic()
+            farm = start(directory / "data", directory)
+            measured.samples.append(monotonic() - began)
+            stop(farm)
+    finally:
+        rmtree(directory, ignore_errors=True)
+    return measured
+
+
+def farm_idle_mb(effort: Effort) -> Measured:
+    """Proportional set size of the whole idle farm with one model loaded, in MiB."""
+    measured = Measured()
+    with running() as farm:
+        for _ in range(effort.rounds):
+            found = farm.pss_mb()
+            measured.samples.append(sum(found.values()))
+        measured.note(", ".join(f"{role} {size:.0f}" for role, size in sorted(found.items())))
+    return measured
+
+
+def growth(effort: Effort) -> Measured:
+    """No single figure: how rate and latency grow with models, callers and texts a request."""
+    measured = Measured()
+    with running() as farm:
+        _warm(farm)
+        for callers in (1, 4, 16, 64, 256):
+            seen = farm.load(callers, 1, effort.seconds)
+            measured.note(f"{callers} callers x 1: {seen['texts_s']:.0f} texts/s, p50 {seen['p50_ms']:.1f} ms")
+        for count in (1, 4, 16, 64, 256):
+            seen = farm.load(4, count, effort.seconds)
+            measured.note(f"4 callers x {count}: {seen['texts_s']:.0f} texts/s, p50 {seen['p50_ms']:.1f} ms")
+        demo = spec_of_directory(demo_folder())
+        for total in (100, 1000):
+            farm.publish([msgspec.structs.replace(demo, id=f"bench/{n}") for n in range(total)])
+            seen = farm.load(64, 1, effort.seconds)
+            measured.note(f"{total} models registered, 64 x 1: {seen['texts_s']:.0f} texts/s; ms: {_shares(seen)}")
+            measured.samples.append(seen["texts_s"])
+    return measured
+
+
+def _ratio(effort: Effort, precision: str, kind: str, *, callers: int, count: int) -> Measured:
+    """Interleaved rounds of ceiling and farm."""
+    measured = Measured()
+    model = FP32 if precision == "float32" else DEMO
+    with running() as farm, ceilings(precision) as ceiling:
+        if model == FP32:
+            farm.publish([_fp32()])
+        _warm(farm, model)
+        for _ in range(effort.rounds):
+            top = ceiling.run(kind, effort.seconds)
+            seen = farm.load(callers, count, effort.seconds, kind, model)
+            measured.samples.append(seen["texts_s"] / top)
+        measured.note(f"{precision}; farm {seen['texts_s']:.0f}, ceiling {top:.0f} texts/s; ms: {_shares(seen)}")
+        measured.note(_library(ceiling, effort))
+    return measured
+
+
+def _library(ceiling: Ceilings, effort: Effort) -> str:
+    return f"SentenceTransformer.encode {ceiling.run('library', effort.seconds):.0f} texts/s"
+
+
+def _warm(farm: Farm, model: str = DEMO) -> None:
+    """Let every host load the model before anything counts."""
+    farm.load(16, 8, 3, "short", model)
+
+
+def _fp32() -> ModelSpec:
+    return msgspec.structs.replace(spec_of_directory(demo_folder()), id=FP32, precision="float32")
+
+
+def _shares(seen: dict[str, Any]) -> str:
+    return ", ".join(f"{role} {used:.2f}" for role, used in sorted(seen["cpu_ms"].items()) if used >= 0.005)
+
+
+def _perturbed(folder: Path) -> Sequence[Path]:
+    """The demo model with different weights, some times over, each in files of its own."""
+    made = []
+    for place in range(EVICTED_MODELS):
+        path = folder / f"model-{place:02}"
+        copytree(demo_folder(), path)
+        weights = load_file(path / "model.safetensors")
+        for tensor in weights.values():
+            if tensor.is_floating_point():
+                tensor.mul_(1 + place / 1000)
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        made.append(path)
+    return made
+
+
+def spread(samples: Sequence[float]) -> float:
+    """Half the distance between the extremes, over the median."""
+    return (max(samples) - min(samples)) / 2 / median(samples) if len(samples) > 1 and median(samples) else 0.0
