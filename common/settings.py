@@ -87,7 +87,8 @@ def load_settings(kind: type[S], **overrides: Any) -> S:
 
 def refuse_unknown(environ: Iterable[str]) -> None:
     """Raise SetupError for ``FARMHAND_`` variables that no settings class knows: pydantic-settings ignores them."""
-    known = {name.upper() for kind in (CommonSettings, WebSettings, WorkerSettings) for name in kind.model_fields}
+    kinds = (CommonSettings, WebSettings, WorkerSettings)
+    known = {n.upper() for kind in kinds for n, field in kind.model_fields.items() if field.validation_alias is None}
     unknown = sorted(n for n in environ if n.startswith(_PREFIX) and n.removeprefix(_PREFIX) not in known)
     if unknown:
         raise SetupError(f"unknown settings: {', '.join(unknown)}; see docs/settings.md for the names")
