@@ -19,8 +19,8 @@ ACTOR: Final = "farmhand"
 
 
 def demo_spec() -> ModelSpec:
-    """The demo model as a local directory."""
-    return spec_of_directory(demo_directory(), model_id=DEMO_MODEL)
+    """The demo model as a local directory, loaded before the first request."""
+    return msgspec.structs.replace(spec_of_directory(demo_directory(), model_id=DEMO_MODEL), preload=True)
 
 
 def specs_of_directories(directories: Sequence[Path]) -> list[ModelSpec]:

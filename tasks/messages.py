@@ -59,7 +59,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """The body: one request as the host reads it. Items are maps as the HTTP contract allows them, checked by the web tier."""
+    """The body: one request as the host reads it. Items are maps, checked by the web tier."""
 
     items: list[Any]
     query: Any = None

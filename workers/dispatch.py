@@ -160,6 +160,13 @@ class Dispatcher:
         self._running.clear()
         return left
 
+    def preload(self) -> None:
+        """Have every host load the models that the config wants loaded before anyone asks."""
+        wanted = [spec for spec in self._specs.current.models.values() if spec.preload]
+        for view in self.hosts.hosts():
+            for spec in wanted:
+                self.hosts.load(view.id, spec)
+
     def tick(self) -> None:
         """What is due by time: expiry, revocation, requests waiting for an epoch, outcomes refused by Redis."""
         now = monotonic()
@@ -236,9 +243,7 @@ class Dispatcher:
     def on_host_ready(self, host: int) -> None:
         """A host can be given work."""
         log.info("host_ready", host=host)
-        for spec in self._specs.current.models.values():
-            if spec.preload:
-                self.hosts.load(host, spec)
+        self.preload()
         self.on_residency()
         self._kick_soon()
 

@@ -215,6 +215,7 @@ class Farm:
         hub = self._hub
         if hub is not None:
             hub.call_soon(self.heartbeat.tell)
+            hub.call_soon(self.dispatcher.preload)
 
     def _on_reborn(self, former: str) -> None:
         """The former incarnation is judged dead: what it held goes back, and pops go under the new name."""

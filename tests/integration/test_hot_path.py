@@ -106,6 +106,21 @@ def test_a_model_published_after_the_worker_started_is_served(live: LiveFarm) ->
     assert outcome.state == "succeeded"
 
 
+def test_a_model_to_preload_is_resident_before_anyone_asks(live: LiveFarm) -> None:
+    """At the start of a worker, and when it is published later."""
+    fields = msgspec.structs.asdict(fake_spec("fake/early"))
+    early, late = (type(fake_spec())(**{**fields, "id": name, "preload": True}) for name in ("fake/early", "fake/late"))
+    live.add_models(early)
+    worker = live.start_worker()
+
+    def resident() -> set[str]:
+        return set(live.incarnations()[worker.incarnation]["resident"])
+
+    wait_until(lambda: early.digest in resident(), 10, "the model to be resident")
+    live.add_models(late)
+    wait_until(lambda: late.digest in resident(), 10, "the later model to be resident")
+
+
 def test_a_lower_lane_is_served_under_a_flood_of_the_upper(live: LiveFarm) -> None:
     flood = live.send_many([str(n) for n in range(2000)])
     lower = live.send("patient", lane=Lane.BATCH)
