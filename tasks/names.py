@@ -1,6 +1,7 @@
 """Names of tasks, queues, lanes and Redis keys. Nothing else spells them."""
 
 from enum import StrEnum
+from functools import cache
 
 
 class Operation(StrEnum):
@@ -44,6 +45,7 @@ def queue_name(pool: str, machine_profile: str, lane: Lane) -> str:
     return f"{QUEUE_PREFIX}{pool}.{machine_profile}.{lane}"
 
 
+@cache
 def lane_of(queue: str) -> Lane:
     """The lane a queue name ends in; a queue without one is served as standard."""
     tail = queue.rpartition(".")[2]

@@ -127,6 +127,7 @@ class Dispatcher:
         self._next_batch = 1
         self._hub: Any = None
         self._kick_due = False
+        self._flush_due = False
         self._draining = False
 
     # -- what the worker's steps ask ----------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class Dispatcher:
     def register(self, hub: Any) -> None:
         """Use this hub from now on; Celery forgot the held requests on a reconnect, so they are named to it again."""
         self._hub = hub
-        self._kick_due = False
+        self._kick_due = self._flush_due = False
         for held in self.intake:
             celery_state.task_reserved(held.request)
         self._kick_soon()
@@ -575,8 +576,13 @@ class Dispatcher:
         held.is_settling = True
         self._forget_works(held)
         self.outcomes.add(held, outcome, dead=dead)
-        if self._hub is not None:
-            self._hub.call_soon(self.outcomes.flush)
+        if self._hub is not None and not self._flush_due:
+            self._flush_due = True
+            self._hub.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        self.outcomes.flush()
 
     def on_settled(self, held: Held, outcome: Outcome, answered: bool) -> None:
         """Redis has confirmed: tell kombu and Celery, and make room."""

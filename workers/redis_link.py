@@ -267,6 +267,5 @@ class RedisLink:
 
 
 def _pack(command: tuple[Any, ...]) -> bytes:
-    parts: Any = tuple(part if isinstance(part, (str, bytes, int, float)) else bytes(part) for part in command)
-    packed: bytes = hiredis.pack_command(parts)
+    packed: bytes = hiredis.pack_command(command)
     return packed

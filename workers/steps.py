@@ -1,6 +1,6 @@
 """The two places where the farm hooks into Celery's start and stop. Glue: the work is ``workers.farm``'s."""
 
-from typing import Any
+from typing import Any, Final
 
 from celery import bootsteps
 from celery.exceptions import WorkerShutdown
@@ -11,6 +11,9 @@ from common.logs import get_logger
 from workers.farm import Farm
 
 log = get_logger("workers")
+
+EVENTS_PER_PUBLISH: Final = 256
+"""Events are sent at the end of every turn of the loop anyway; Celery's own 24 cut a turn's into many publishes."""
 
 
 class FarmStep(bootsteps.StartStopStep):
@@ -45,6 +48,8 @@ class IntakeStep(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         """A new connection: drain its channel."""
         consumer.controller.farm.attach(consumer.task_consumer.channel)
+        if consumer.event_dispatcher is not None:
+            consumer.event_dispatcher.buffer_limit = EVENTS_PER_PUBLISH
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """The hub has forgotten readers and timers."""
