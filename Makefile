@@ -9,7 +9,7 @@ fit = $(foreach p,$(1),$(shell $(p) -c 'import sys; sys.exit(sys.version_info < 
 PYTHON ?= $(firstword $(call fit,python3.12 python3.11 python3))
 # Where to take torch from instead of the usual index, as from that of the CPU builds.
 TORCH_INDEX ?=
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 FIGURES ?=
 
@@ -50,9 +50,9 @@ lock: PYTHON = $(firstword $(call fit,python3.11 python3.12 python3))
 lock: BIN = build/lock/bin
 lock: ## write constraints.txt anew: the newest versions that resolve together
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	$(PIP) 'pip>=25.1'
+	$(PIP) --upgrade 'pip>=25.1' setuptools
 	$(PIP) -e '.[web,worker,cli,demo]' --group dev
-	set -o pipefail; $(BIN)/python -m pip freeze --exclude-editable --exclude pip | sed 's/+.*$$//' > build/lock/constraints.txt
+	set -o pipefail; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+.*$$//' > build/lock/constraints.txt
 	mv build/lock/constraints.txt constraints.txt
 
 clean: ## remove what the other targets have made, the farm's data included

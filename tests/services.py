@@ -1,9 +1,11 @@
 """Real servers and processes for tests: each on 127.0.0.1 and a free port, stopped by its own process id."""
 
+import os
 import secrets
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -16,6 +18,14 @@ import redis
 from cli import servers
 
 STOP_S = 15
+_DYING_WITH_US = (
+    sys.executable,
+    "-c",
+    "import os, sys; from workers.host.orphans import die_with_parent; "
+    "die_with_parent(int(sys.argv[1])); os.execvp(sys.argv[2], sys.argv[2:])",
+    str(os.getpid()),
+)
+"""Becomes the command given after it, and leaves no server behind when the tests are killed."""
 
 
 def wait_until(predicate: Callable[[], object], timeout_s: float = 10, what: str = "the condition") -> None:
@@ -48,7 +58,7 @@ class _Server:
 
     def _start(self, command: list[str], is_ready: Callable[[], bool]) -> None:
         with (self.directory / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen([*_DYING_WITH_US, *command], stdout=log, stderr=log)
         wait_until(is_ready, 20, f"{self.name} to answer; see {self.directory / 'server.log'}")
 
     @property

@@ -112,7 +112,7 @@ def host_config(settings: WorkerSettings) -> HostConfig:
     return HostConfig(
         hosts=settings.hosts or (usable_cores() if on_cpu else len(devices)),
         devices=devices,
-        device_memory=settings.device_memory,
+        device_memory=int(settings.device_memory) if settings.device_memory is not None else None,
         device_fraction=settings.device_fraction,
         model_dirs=tuple(root for root in settings.model_dirs.split(":") if root),
         extra_families=parse_extra(settings.extra_families),

@@ -106,6 +106,17 @@ def test_a_model_published_after_the_worker_started_is_served(live: LiveFarm) ->
     assert outcome.state == "succeeded"
 
 
+def test_more_models_than_fit_are_all_served(live: LiveFarm) -> None:
+    """Five models of 1 MB in 2.5 MB: each request is answered by its own, and never more than two are resident."""
+    models = [f"fake/m{n}" for n in range(5)]
+    live.add_models(*(fake_spec(name, bytes=1_000_000) for name in models))
+    worker = live.start_worker(device_memory="2.5MB")
+    for _ in range(3):
+        tasks = [live.send("x", model=name) for name in models]
+        assert [outcome.model for outcome in live.wait_outcomes(tasks)] == models
+        assert len(live.incarnations()[worker.incarnation]["resident"]) <= 2
+
+
 def test_a_model_to_preload_is_resident_before_anyone_asks(live: LiveFarm) -> None:
     """At the start of a worker, and when it is published later."""
     fields = msgspec.structs.asdict(fake_spec("fake/early"))

@@ -78,12 +78,14 @@ SCHEMA = {
     "required": ["services"],
     "patternProperties": {"^x-": {}},
     "properties": {
-        "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9_-]*$"},
         "services": {"type": "object", "additionalProperties": SERVICE},
         "volumes": {"type": "object", "additionalProperties": {"type": ["object", "null"], "maxProperties": 0}},
     },
 }
-"""The parts of the compose specification that the file uses; another part is added here when it is used."""
+"""The parts of the compose specification that the file uses; another part is added here when it is used.
+
+``name`` is none of them: docker-compose 1.29, which Debian has, refuses it.
+"""
 
 COMPOSE: dict[str, Any] = yaml.safe_load(re.sub(r"\$\{\w+:-(\w*)\}", r"\1", FILE.read_text()))
 """The file with the defaults of its variables."""

@@ -1,12 +1,12 @@
-"""Each image of deploy/compose holds what its code imports: its rooms, and what its extra installs."""
+"""What installs bring: each image holds what its code imports, and the lock names every distribution."""
 
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, distributions, packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, EXTRAS = PYPROJECT["project"], PYPROJECT["project"]["optional-dependencies"]
+LOCK = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
 RUNS = {
     "web": ("webapp.gunicorn_conf", "webapp.main", "webapp.gunicorn_worker"),
-    "worker": ("workers.app", "workers.host.main", "workers.weights.resolve"),
+    "worker": ("workers.app", "workers.host.main", "workers.weights.resolve", "kombu.transport.redis", "msgpack"),
     "flower": (
         "cli.main",
         "cli.catalogue",
@@ -28,7 +30,10 @@ RUNS = {
         "kombu.transport.redis",
     ),
 }
-"""What is started in each image. The hosts' families are left out: torch takes seconds to import."""
+"""What is started in each image, and what Celery imports only when it needs it.
+
+The hosts' families are left out: torch takes seconds to import.
+"""
 
 IMPORT = """
 import sys
@@ -62,6 +67,17 @@ def test_the_api_has_no_torch() -> None:
     assert "torch" not in _absent("worker")
 
 
+def test_the_lock_names_what_is_needed_and_nothing_else() -> None:
+    """Of what is installed here: other platforms and builds of torch need more."""
+    needed = _installed_with(*EXTRAS) | _closure(PYPROJECT["dependency-groups"]["dev"])
+    here: dict[str, str] = {
+        canonicalize_name(one.metadata["Name"]): one.version.partition("+")[0] for one in distributions()
+    }
+    locked = {canonicalize_name(name): version for name, version in LOCK.items()}
+    assert {name: here[name] for name in needed & here.keys()}.items() <= locked.items()
+    assert (locked.keys() & here.keys()) - needed <= {"setuptools"}
+
+
 def _import(modules: tuple[str, ...], *, absent: Collection[str]) -> "subprocess.CompletedProcess[str]":
     program = IMPORT.format(absent=set(absent), modules=modules)
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -83,17 +99,22 @@ def _absent(role: str) -> frozenset[str]:
     return frozenset((foreign - rooms) | (rooms - copied))
 
 
-def _installed_with(extra: str) -> set[str]:
-    """The distributions that installing the project with an extra brings."""
-    found: set[str] = set()
-    waiting = [Requirement(text) for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra])]
+def _installed_with(*extras: str) -> set[str]:
+    """The distributions that installing the project with these extras brings."""
+    return _closure([*PROJECT["dependencies"], *(text for extra in extras for text in EXTRAS[extra])])
+
+
+def _closure(requirements: Sequence[str]) -> set[str]:
+    """What is needed, and what that needs."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    waiting = [Requirement(text) for text in requirements]
     while waiting:
         requirement = waiting.pop()
-        name = canonicalize_name(requirement.name)
-        if name not in found or requirement.extras:
+        asked = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if asked not in found:
             waiting += _needs_of(requirement)
-        found.add(name)
-    return found
+        found.add(asked)
+    return {name for name, _ in found}
 
 
 def _needs_of(requirement: Requirement) -> Iterator[Requirement]:
