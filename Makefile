@@ -45,12 +45,13 @@ bench: $(INSTALLED) ## measure; FIGURES="name name" for some
 migrate: $(INSTALLED) ## bring FARMHAND_DATABASE_URL to the newest schema
 	$(BIN)/farmhand migrate
 
-# by the oldest Python that the farm runs on: what the newest one resolves to may not exist for it
+# by the oldest Python that the farm runs on: what the newest one resolves to may not exist for it. Some Pythons need
+# more than that one: setuptools from 3.12 on (torch), async-timeout before 3.11.3 (redis).
 lock: PYTHON = $(firstword $(call fit,python3.11 python3.12 python3))
 lock: BIN = build/lock/bin
 lock: ## write constraints.txt anew: the newest versions that resolve together
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	$(PIP) --upgrade 'pip>=25.1' setuptools
+	$(PIP) --upgrade 'pip>=25.1' setuptools async-timeout
 	$(PIP) -e '.[web,worker,cli,demo]' --group dev
 	set -o pipefail; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+.*$$//' > build/lock/constraints.txt
 	mv build/lock/constraints.txt constraints.txt

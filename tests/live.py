@@ -30,7 +30,7 @@ from tasks import messages, names, scripts
 from tasks.client import batch_key
 from tasks.messages import Outcome, Request, Ticket
 from tasks.names import Lane, Operation, queue_name
-from tests.services import wait_until
+from tests.services import DYING_WITH_US, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL, PROFILE = "default", "cpu"
@@ -141,7 +141,7 @@ class LiveFarm:
             "PYTHONUNBUFFERED": "1",
         }
         environment |= {f"FARMHAND_{key.upper()}": str(value) for key, value in settings.items()}
-        command = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-n", f"{name}@%h"]
+        command = [*DYING_WITH_US, sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-n", f"{name}@%h"]
         if queues:
             command += ["-Q", ",".join(queues)]
         with log.open("wb") as output:

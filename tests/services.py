@@ -18,7 +18,7 @@ import redis
 from cli import servers
 
 STOP_S = 15
-_DYING_WITH_US = (
+DYING_WITH_US = (
     sys.executable,
     "-c",
     "import os, sys; from workers.host.orphans import die_with_parent; "
@@ -58,7 +58,7 @@ class _Server:
 
     def _start(self, command: list[str], is_ready: Callable[[], bool]) -> None:
         with (self.directory / "server.log").open("ab") as log:
-            self.process = subprocess.Popen([*_DYING_WITH_US, *command], stdout=log, stderr=log)
+            self.process = subprocess.Popen([*DYING_WITH_US, *command], stdout=log, stderr=log)
         wait_until(is_ready, 20, f"{self.name} to answer; see {self.directory / 'server.log'}")
 
     @property

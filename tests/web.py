@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from tests.services import free_port, wait_until
+from tests.services import DYING_WITH_US, free_port, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +34,7 @@ def gunicorn(
     """Command and environment of a web tier; ``application`` is empty for the real one."""
     environment = os.environ | {"FARMHAND_REDIS_URL": redis_url, "FARMHAND_STATE_DIR": str(directory)}
     environment |= {f"FARMHAND_{name}": value for name, value in settings.items()}
-    command = [sys.executable, "-m", "gunicorn", "-c", "python:webapp.gunicorn_conf", "-b", f"127.0.0.1:{port}"]
+    command = [*DYING_WITH_US, sys.executable, "-m", "gunicorn", "-c", "python:webapp.gunicorn_conf", "-b", f"127.0.0.1:{port}"]
     return [*command, *application], environment
 
 
