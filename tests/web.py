@@ -34,8 +34,8 @@ def gunicorn(
     """Command and environment of a web tier; ``application`` is empty for the real one."""
     environment = os.environ | {"FARMHAND_REDIS_URL": redis_url, "FARMHAND_STATE_DIR": str(directory)}
     environment |= {f"FARMHAND_{name}": value for name, value in settings.items()}
-    command = [*DYING_WITH_US, sys.executable, "-m", "gunicorn", "-c", "python:webapp.gunicorn_conf", "-b", f"127.0.0.1:{port}"]
-    return [*command, *application], environment
+    command = [*DYING_WITH_US, sys.executable, "-m", "gunicorn", "-c", "python:webapp.gunicorn_conf"]
+    return [*command, "-b", f"127.0.0.1:{port}", *application], environment
 
 
 def start_web(
