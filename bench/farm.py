@@ -15,6 +15,7 @@ from shutil import rmtree
 from time import monotonic
 from typing import Any
 
+import httpx
 import psutil
 from sqlalchemy.orm import Session
 
@@ -80,12 +81,14 @@ class Farm:
         return found
 
     def publish(self, specs: Sequence[ModelSpec]) -> None:
-        """Serve further models."""
+        """Serve further models; returns when the API knows them."""
         environment = self.processes()["worker"][0].environ()
         engine = open_engine(environment["FARMHAND_DATABASE_URL"])
         with Session(engine) as session, session.begin():
             apply_models(session, specs, actor="bench", reason="bench")
         engine.dispose()
+        url = f"http://127.0.0.1:{self.port}/v1/models/{specs[-1].id}"
+        wait_until(lambda: httpx.get(url).status_code == 200, 20, f"the API to know {specs[-1].id}")
 
 
 @contextmanager

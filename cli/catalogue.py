@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from cli.demo import DEMO_MODEL, demo_directory
 from common.errors import SetupError
 from config_db.catalog import apply_models, spec_of_directory
-from config_db.engine import open_engine, ping
+from config_db.engine import open_engine, ping, transaction
 from config_db.schema import ModelRow
 from config_db.spec import ModelSpec
 
@@ -38,7 +38,7 @@ def publish(database_url: str, specs: Sequence[ModelSpec], *, reason: str, prune
     """Make the config DB say so, and return its epoch."""
     engine = open_engine(database_url)
     try:
-        with Session(engine) as session, session.begin():
+        with transaction(engine) as session:
             return apply_models(session, specs, actor=ACTOR, reason=reason, prune=prune)
     finally:
         engine.dispose()

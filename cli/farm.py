@@ -253,6 +253,12 @@ class FarmPlan:
         return self._data.path / "run" / "schema"
 
 
+def check_ports_differ(options: FarmOptions) -> None:
+    """SetupError if the API and Flower were given the same port."""
+    if options.has_flower and options.port == options.flower_port:
+        raise SetupError(f"port {options.port} is wanted by the API and by Flower: change --port or --flower-port")
+
+
 def check_installed(*, flower: bool) -> None:
     """SetupError naming the extra that is missing, if one is."""
     for extra, modules in EXTRAS.items():

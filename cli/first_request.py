@@ -17,14 +17,17 @@ TEXT: Final = "Farmhand serves embeddings."
 
 
 def await_ready(url: str, epoch: int) -> dict[str, Any]:
-    """What ``/readyz`` says once it is 200 and the API has seen this epoch."""
+    """What ``/readyz`` says once the API is ready and has seen this epoch; stderr tells what it waits for."""
+    told = ""
     while True:
-        try:
-            status, said = _call(url, "GET", "/readyz", timeout_s=5)
-            if status == 200 and said["epoch"] >= epoch:
-                return said
-        except (OSError, http.client.HTTPException, ValueError):
-            pass  # not there yet: asked again
+        said = _call_readyz(url)
+        if said["status"] != "not_ready" and said["epoch"] >= epoch:
+            return said
+        waits_for = "; ".join(said["reasons"]) or f"the API has not read epoch {epoch} yet"
+        if waits_for != told:
+            told = waits_for
+            sys.stderr.write(json.dumps({"event": "farm_not_ready", "reason": waits_for}) + "\n")
+            sys.stderr.flush()
         sleep(LOOK_S)
 
 
@@ -40,6 +43,13 @@ def curl_line(url: str, model: str) -> str:
     """The same request for a shell."""
     body = json.dumps({"items": [{"text": TEXT}]})
     return f"curl -s {url}/v1/encode/{model} -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _call_readyz(url: str) -> dict[str, Any]:
+    try:
+        return _call(url, "GET", "/readyz", timeout_s=5)[1]
+    except (OSError, http.client.HTTPException, ValueError) as error:  # not there yet
+        return {"status": "not_ready", "reasons": [f"the API does not answer: {error}"]}
 
 
 def _call(url: str, method: str, path: str, *, timeout_s: float, body: str | None = None) -> tuple[int, dict[str, Any]]:

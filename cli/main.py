@@ -33,7 +33,9 @@ def up(
     flower_port: Annotated[int, typer.Option(help="of Flower, on this machine only", **PORT)] = 5555,
     flower: Annotated[bool, typer.Option("--flower/--no-flower", help="show the workers and tasks in Flower")] = True,
     data_dir: Annotated[Path, typer.Option(help="where the farm keeps everything")] = Path(".farmhand"),
-    machine_profile: Annotated[str, typer.Option(help="what the workers run on, as requests name it")] = "cpu",
+    machine_profile: Annotated[
+        str, typer.Option(help="what the workers run on, as requests name it", envvar="FARMHAND_MACHINE_PROFILE")
+    ] = "cpu",
     workers: Annotated[int, typer.Option(help="worker processes", min=1)] = 1,
     hosts: Annotated[str, typer.Option(help="model processes of a worker; auto: as many as fit the machine")] = "auto",
     model_dir: Annotated[

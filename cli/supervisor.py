@@ -30,7 +30,7 @@ SAY_AFTER_S: Final = 1.0
 SAY_AGAIN_S: Final = 15.0
 SERVING_STOP_S: Final = 8.3
 """How long what serves may take to end: a worker drains 7 s and ends its hosts."""
-STORING_STOP_S: Final = 1.2
+STORING_STOP_S: Final = 1.0
 UNSERVED_S: Final = 0.5
 """How long the API waits for answers once no worker is left to give any."""
 KILLED_S: Final = 2.0
@@ -91,6 +91,7 @@ class _Child:
     started_at: float = 0.0
     first_started_at: float | None = None
     say_at: float = 0.0
+    has_told: bool = False
     log_from: int = 0
     deaths: int = 0
     is_ready: bool = False
@@ -111,7 +112,6 @@ class Supervisor:
         self._is_up = False
         self._signals: list[int] = []
         self._wakeup, self._wakeup_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.step_seconds: dict[str, float] = {}
 
     def __enter__(self) -> "Supervisor":
         processes.adopt_orphans()
@@ -152,7 +152,7 @@ class Supervisor:
         return dict(json.loads(self._data.answer(name).read_bytes()))
 
     def cause(self, name: str) -> str:
-        """Why a unit's last life ended, in one line."""
+        """Why a unit's last life ended, or what keeps it from being ready, in one line."""
         return logs.cause(self._data.log(name), self._children[name].log_from)
 
     def run(self, until: Callable[[], bool]) -> None:
@@ -218,8 +218,12 @@ class Supervisor:
             if not child.unit.once and child.unit.is_ready(child.process.pid):
                 self._now_ready(child)
             elif not child.was_ready and monotonic() > child.say_at:
-                self._screen.doing(child.unit.doing)
-                child.say_at = monotonic() + SAY_AGAIN_S
+                self._say_waiting(child)
+
+    def _say_waiting(self, child: _Child) -> None:
+        is_news, child.has_told = not child.has_told, True
+        self._screen.doing(child.unit.doing if is_news else f"{child.unit.doing}: {self.cause(child.unit.name)}")
+        child.say_at = monotonic() + SAY_AGAIN_S
 
     def _now_ready(self, child: _Child) -> None:
         child.is_ready = True
@@ -227,7 +231,6 @@ class Supervisor:
             assert child.first_started_at is not None  # it runs
             child.was_ready = True
             seconds = monotonic() - child.first_started_at
-            self.step_seconds[child.unit.name] = seconds
             if seconds > SAY_AFTER_S:
                 self._screen.done(child.unit.doing, seconds)
             child.unit.on_ready()
@@ -257,7 +260,8 @@ class Supervisor:
             raise SetupError(f"{child.unit.name} {how_ended(status)}: {self.cause(child.unit.name)}")
         if self._is_up:
             self._screen.trouble(
-                f"{child.unit.name} (pid {pid}) {how_ended(status)}; starting it again in {wait_s:g} s"
+                f"{child.unit.name} (pid {pid}) {how_ended(status)}; starting it again in {wait_s:g} s; "
+                f"its log: {self._data.log(child.unit.name)}"
             )
 
     def _on_failed_step(self, child: _Child) -> None:

@@ -22,9 +22,11 @@ def up(options: FarmOptions, directory: Path, screen: Screen) -> None:
         SetupError: it cannot start; nothing is left running.
     """
     started_at = monotonic()
-    settings = load_settings(WorkerSettings)
-    load_settings(WebSettings)  # refused here in one line, not in the log of a child
+    # refused here in one line, not in the log of a child
+    settings = load_settings(WorkerSettings, machine_profile=options.machine_profile)
+    load_settings(WebSettings)
     farm.check_installed(flower=options.has_flower)
+    farm.check_ports_differ(options)
     with DataDir(directory) as data:
         data.take(url=options.url)
         data.await_orphans()

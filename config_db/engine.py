@@ -1,11 +1,19 @@
 """Connections to the config DB."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
 from sqlalchemy import Engine, create_engine, make_url, text
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.orm import Session
 
-from common.errors import SetupError
+from common.errors import ConfigUnavailableError, SetupError
 
-CONNECT_TIMEOUT_S = 3
+CONNECT_TIMEOUT_S: Final = 3
+SILENCE_S: Final = 10
+"""A connection whose other end has vanished (power cut, partition) is given up after about this long."""
+RETRY_AFTER_S: Final = 5.0
 
 
 def open_engine(database_url: str) -> Engine:
@@ -25,7 +33,14 @@ def open_engine(database_url: str) -> Engine:
         pool_size=1,
         max_overflow=2,
         pool_pre_ping=True,
-        connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "farmhand"},
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "application_name": "farmhand",
+            "keepalives_idle": SILENCE_S // 2,
+            "keepalives_interval": 1,
+            "keepalives_count": SILENCE_S // 2,
+            "tcp_user_timeout": SILENCE_S * 1000,
+        },
     )
 
 
@@ -40,6 +55,29 @@ def ping(engine: Engine) -> None:
             connection.execute(text("select 1"))
     except OperationalError as error:
         raise SetupError(f"PostgreSQL does not answer: {reason(error)}; is FARMHAND_DATABASE_URL right?") from error
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Session]:
+    """A session for one change: committed at the end of the block, rolled back if the block raises.
+
+    Raises:
+        ConfigUnavailableError: PostgreSQL does not answer; whether a commit then took place is not known.
+    """
+    try:
+        with Session(engine) as session, session.begin():
+            yield session
+    except DBAPIError as error:
+        if not is_away(error):
+            raise
+        message = f"the config DB does not answer, so nothing can be changed: {reason(error)}"
+        raise ConfigUnavailableError(message, retry_after_s=RETRY_AFTER_S) from error
+
+
+def is_away(error: Exception) -> bool:
+    """Whether an error says that PostgreSQL could not be reached or was lost, not that a statement was wrong."""
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    return lost or isinstance(error, (OperationalError, InterfaceError))
 
 
 def reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ def advance_epoch(session: Session, *, actor: str, reason: str, expected: int | 
     Raises:
         EpochConflictError: ``expected`` is given and is not the current epoch.
     """
-    epoch = session.scalars(select(FarmEpoch).with_for_update()).one()
+    epoch = _locked(session)
     if expected is not None and epoch.number != expected:
         raise EpochConflictError(
             f"the config DB is at epoch {epoch.number}, not {expected}: read it again and repeat your change",
@@ -31,7 +31,7 @@ def advance_epoch(session: Session, *, actor: str, reason: str, expected: int | 
 
 def lock_epoch(session: Session) -> int:
     """Lock the epoch without raising it, and return it: nobody else changes anything until the caller is done."""
-    return session.scalars(select(FarmEpoch).with_for_update()).one().number
+    return _locked(session).number
 
 
 def remember(
@@ -39,3 +39,8 @@ def remember(
 ) -> None:
     """Append one change to the history."""
     session.add(HistoryRow(epoch=epoch, kind=kind, name=name, before=before, after=after))
+
+
+def _locked(session: Session) -> FarmEpoch:
+    # populate_existing: a session that had read the row before would otherwise keep the number it saw then
+    return session.scalars(select(FarmEpoch).with_for_update(), execution_options={"populate_existing": True}).one()

@@ -4,8 +4,8 @@ Every row that readers fetch carries the epoch it was last changed at, so that t
 row stays as a tombstone until readers have surely seen it.
 """
 
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Identity, Index, MetaData, func
@@ -19,6 +19,9 @@ _NAMES = {
     "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
     "pk": "pk_%(table_name)s",
 }
+
+TOMBSTONE_KEPT: Final = timedelta(days=30)
+"""A reader that has not looked for as long reads everything again, since tombstones it needs may be gone."""
 
 
 class Table(DeclarativeBase):

@@ -8,7 +8,7 @@ import difflib
 import os
 import random
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,23 +17,25 @@ from typing import Final
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Engine, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Engine, func, select
+from sqlalchemy.exc import NoResultFound, ProgrammingError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from common.errors import ModelNotFoundError, SetupError
 from common.logs import get_logger
-from config_db.engine import open_engine, reason
-from config_db.schema import EpochRow, FarmEpoch, ModelRow
+from config_db.engine import is_away, open_engine, reason
+from config_db.schema import TOMBSTONE_KEPT, EpochRow, FarmEpoch, ModelRow
 from config_db.spec import ModelSpec
 
 log = get_logger("config_db")
 
-KEPT_SNAPSHOTS: Final = 8
-"""Specs of this many past snapshots stay known, so that requests under way finish on theirs."""
+KEPT_SPECS: Final = 1024
+"""This many specs that were changed or deleted last stay known, so that requests under way finish on theirs."""
 JITTER: Final = 0.2
 """Processes spread their polls by this share of the interval."""
 NEAREST: Final = 3
+NAME_SHOWN: Final = 200
+"""No model's id is longer; of a longer name that is asked for, so much is compared and repeated."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, dict=True):
@@ -53,9 +55,8 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
         if spec is None:
             nearest = self._nearest(model_id)
             hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-            raise ModelNotFoundError(
-                f"no model {model_id!r} is served here{hint}", param="model", details={"nearest": nearest}
-            )
+            message = f"no model {model_id[:NAME_SHOWN]!r} is served here{hint}"
+            raise ModelNotFoundError(message, param="model", details={"nearest": nearest})
         return spec
 
     def by_digest(self, digest: str) -> ModelSpec | None:
@@ -66,15 +67,22 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
     def _digests(self) -> Mapping[str, ModelSpec]:
         return {spec.digest: spec for spec in self.models.values()}
 
-    def _nearest(self, model_id: str) -> list[str]:
-        wanted = model_id.lower()
+    @cached_property
+    def _names(self) -> Mapping[str, str]:
+        """Ids by what callers may take for them: themselves and their last part, in lower case."""
         names: dict[str, str] = {}
-        for known in self.models:
+        for known in sorted(self.models):
             names.setdefault(known.lower(), known)
             names.setdefault(known.lower().rpartition("/")[2], known)
-        close = difflib.get_close_matches(wanted, names, NEAREST, 0.6)
-        close += difflib.get_close_matches(wanted.rpartition("/")[2], names, NEAREST, 0.6)
-        return list(dict.fromkeys(names[name] for name in close))[:NEAREST]
+        return names
+
+    def _nearest(self, model_id: str) -> list[str]:
+        wanted = model_id[:NAME_SHOWN].lower()
+        last = wanted.rpartition("/")[2]
+        exact = [self._names[name] for name in (wanted, last) if name in self._names]
+        close = difflib.get_close_matches(wanted, self._names, NEAREST, 0.6)
+        close += difflib.get_close_matches(last, self._names, NEAREST, 0.6) if last != wanted else []
+        return list(dict.fromkeys(exact + [self._names[name] for name in close]))[:NEAREST]
 
 
 class _Copy(msgspec.Struct):
@@ -99,10 +107,11 @@ class SnapshotReader:
 
     def __init__(self, database_url: str, *, poll_s: float, copy_path: Path | None) -> None:
         self._engine: Engine = open_engine(database_url)
+        self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._poll_s = poll_s
         self._copy_path = copy_path
         self._snapshot = _EMPTY
-        self._recent: deque[Snapshot] = deque(maxlen=KEPT_SNAPSHOTS)
+        self._retired: OrderedDict[str, ModelSpec] = OrderedDict()
         self._callbacks: list[Callable[[Snapshot], None]] = []
         self._wake = threading.Event()
         self._is_stopped = False
@@ -118,7 +127,7 @@ class SnapshotReader:
         """Load the first snapshot and keep it current; call after any fork.
 
         Raises:
-            SetupError: Postgres does not answer and there is no copy on disk.
+            SetupError: Postgres cannot be read and there is no copy on disk.
         """
         try:
             self._poll()
@@ -129,10 +138,7 @@ class SnapshotReader:
 
     def spec(self, digest: str) -> ModelSpec | None:
         """A spec by digest, of this snapshot or a recent one."""
-        found = self._snapshot.by_digest(digest)
-        if found is None:
-            found = next((spec for old in self._recent if (spec := old.by_digest(digest)) is not None), None)
-        return found
+        return self._snapshot.by_digest(digest) or self._retired.get(digest)
 
     def poll_soon(self) -> None:
         """Look at the epoch at once: a message of a newer one was met."""
@@ -159,34 +165,44 @@ class SnapshotReader:
             try:
                 self._poll()
             except SQLAlchemyError as error:
-                self._note_connection(is_connected=False, why=reason(error))
+                self._note_connection(is_connected=False, why=_why(error))
             except Exception:
                 log.exception("config_poll_failed")
 
     def _poll(self) -> None:
         """Look at the epoch; fetch what is newer than ours, all in one consistent reading."""
-        with Session(self._engine.execution_options(isolation_level="REPEATABLE READ")) as session:
-            epoch = session.scalars(select(FarmEpoch)).one()
+        with Session(self._reading) as session:
+            number, epoch_id = session.execute(select(FarmEpoch.number, FarmEpoch.id)).one()
             held = self._snapshot
             self._note_connection(is_connected=True)
-            if (epoch.number, epoch.id) == (held.epoch, held.epoch_id):
+            if (number, epoch_id) == (held.epoch, held.epoch_id):
                 return
-            statement = select(ModelRow)
-            is_later = epoch.number > held.epoch and session.get(EpochRow, held.epoch) is not None
-            is_ours = is_later and session.get_one(EpochRow, held.epoch).id == held.epoch_id
-            if is_ours:
-                statement = statement.where(ModelRow.epoch > held.epoch)
-            models = _merge(dict(held.models) if is_ours else {}, session.scalars(statement))
-            fresh = Snapshot(epoch.number, epoch.id, MappingProxyType(models))
+            if _is_past(session, held):
+                models, statement = dict(held.models), select(ModelRow).where(ModelRow.epoch > held.epoch)
+            else:
+                models, statement = {}, select(ModelRow).where(ModelRow.deleted_at.is_(None))
+            fresh = Snapshot(number, epoch_id, MappingProxyType(_merge(models, session.scalars(statement))))
         self._replace(fresh)
 
     def _replace(self, fresh: Snapshot) -> None:
         log.info("epoch_read", epoch=fresh.epoch, models=len(fresh.models))
-        self._recent.appendleft(self._snapshot)
+        self._retire(fresh)
         self._snapshot = fresh
         self._write_copy(fresh)
         for callback in self._callbacks:
-            callback(fresh)
+            try:
+                callback(fresh)
+            except Exception:  # one listener's fault: the others are told, and the next change comes through
+                log.exception("epoch_callback_failed", epoch=fresh.epoch)
+
+    def _retire(self, fresh: Snapshot) -> None:
+        """Keep the specs that ``fresh`` no longer has, before it takes their place."""
+        for name, spec in self._snapshot.models.items():
+            if fresh.models.get(name) is not spec and fresh.by_digest(spec.digest) is None:
+                self._retired[spec.digest] = spec
+                self._retired.move_to_end(spec.digest)
+        while len(self._retired) > KEPT_SPECS:
+            self._retired.popitem(last=False)
 
     def _note_connection(self, *, is_connected: bool, why: str = "") -> None:
         if self.is_connected and not is_connected:
@@ -198,9 +214,9 @@ class SnapshotReader:
     def _start_adrift(self, error: SQLAlchemyError) -> None:
         copy = self._read_copy()
         if copy is None:
-            raise SetupError(f"PostgreSQL does not answer and there is no copy on disk: {reason(error)}") from error
+            raise SetupError(f"{_why(error)}; and there is no copy on disk to start from") from error
         self._snapshot = Snapshot(copy.epoch, copy.epoch_id, MappingProxyType({spec.id: spec for spec in copy.models}))
-        log.warning("config_db_away", reason=reason(error), epoch=copy.epoch, serving="the copy on disk")
+        log.warning("config_db_away", reason=_why(error), epoch=copy.epoch, serving="the copy on disk")
 
     def _read_copy(self) -> _Copy | None:
         if self._copy_path is None:
@@ -225,6 +241,23 @@ class SnapshotReader:
             beside.replace(self._copy_path)
         except OSError as error:
             log.warning("config_copy_failed", path=str(self._copy_path), error=str(error))
+
+
+def _is_past(session: Session, held: Snapshot) -> bool:
+    """Whether what is held is an earlier epoch of this very history, and every tombstone since is still there."""
+    statement = select(EpochRow.id).where(
+        EpochRow.number == held.epoch, EpochRow.raised_at > func.now() - TOMBSTONE_KEPT
+    )
+    return session.scalar(statement) == held.epoch_id
+
+
+def _why(error: SQLAlchemyError) -> str:
+    """Why the config DB cannot be read, as one line."""
+    if is_away(error):
+        return f"PostgreSQL does not answer: {reason(error)}"
+    if isinstance(error, (ProgrammingError, NoResultFound)):
+        return f"the config DB has no schema yet, run `farmhand migrate`: {reason(error)}"
+    return f"the config DB cannot be read: {reason(error)}"
 
 
 def _merge(models: dict[str, ModelSpec], rows: Iterable[ModelRow]) -> dict[str, ModelSpec]:

@@ -41,6 +41,10 @@ def test_a_file_is_a_model_or_a_list_of_them(tmp_path: Path) -> None:
         (GOOD + "max_length: 0", r"bad.yaml: .*max_length"),
         ("id: ../x\nfamily: f\nsource: {}", r"bad.yaml: .*id"),
         ("- 1", "bad.yaml"),
+        ("", "bad.yaml: Expected `object`, got `null`"),
+        (GOOD + "limits: {max_items: 0}", r"bad\.yaml: limits\.max_items: "),
+        ("models: 3", r"bad\.yaml: models: "),
+        ("models: [{id: a, family: f, source: {}, max_length: x}]", r"bad\.yaml: models\[0\]\.max_length: "),
     ],
 )
 def test_a_broken_file_is_named_with_its_field(tmp_path: Path, content: str, message: str) -> None:
@@ -65,7 +69,7 @@ def test_the_demo_model_is_found_by_its_directory() -> None:
     assert found is not None
     folder = Path(next(iter(found.submodule_search_locations or []))) / "model"
     spec = spec_of_directory(folder, model_id="org/demo")
-    assert (spec.id, spec.family, spec.dims) == ("org/demo", "dense", {"dense": 384})
+    assert (spec.id, spec.family, spec.dims, spec.max_length) == ("org/demo", "dense", {"dense": 384}, 256)
     assert spec.source.path == str(folder.resolve())
 
 
@@ -82,3 +86,72 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SetupError, match="not JSON"):
         spec_of_directory(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").mkdir()
+    with pytest.raises(SetupError, match=r"bad\.yaml is not YAML"):
+        read_catalog(tmp_path)
+    with pytest.raises(SetupError, match="no catalogue directory"):
+        read_catalog(tmp_path / "nowhere")
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A folder as sentence-transformers laid it out before version 3: the encoder in a folder of its own."""
+    inner = tmp_path / "0_Transformer"
+    write_json(inner / "config.json", {"hidden_size": 8})
+    (inner / "model.safetensors").touch()
+    modules = [("0_Transformer", "Transformer"), ("1_Pooling", "Pooling")]
+    write_json(tmp_path / "modules.json", [{"path": path, "type": f"st.models.{kind}"} for path, kind in modules])
+    return tmp_path
+
+
+def test_an_encoder_in_its_own_folder_is_found(encoder: Path) -> None:
+    spec = spec_of_directory(encoder, model_id="m")
+    assert (spec.dims, spec.max_length, spec.source.path) == ({"dense": 8}, None, str(encoder.resolve()))
+
+
+def test_linear_layers_after_the_pooling_set_the_width(encoder: Path) -> None:
+    modules = json.loads((encoder / "modules.json").read_text())
+    write_json(encoder / "modules.json", [*modules, {"path": "2_Dense", "type": "st.models.Dense"}])
+    with pytest.raises(SetupError, match=r"2_Dense.*names no width"):
+        spec_of_directory(encoder)
+    write_json(encoder / "2_Dense" / "config.json", {"in_features": 8, "out_features": 3})
+    assert spec_of_directory(encoder, model_id="m").dims == {"dense": 3}
+
+
+@pytest.mark.parametrize(
+    ("own", "tokenizer", "longest"),
+    [
+        ({"max_seq_length": 256}, {"model_max_length": 512}, 256),
+        ({}, {"model_max_length": 512}, 512),
+        ({"max_seq_length": None}, {"model_max_length": int(1e30)}, None),
+        (None, None, None),
+    ],
+)
+def test_the_longest_text_is_what_the_files_say(
+    encoder: Path, own: object, tokenizer: object, longest: int | None
+) -> None:
+    for name, content in (("sentence_bert_config", own), ("tokenizer_config", tokenizer)):
+        if content is not None:
+            write_json(encoder / "0_Transformer" / f"{name}.json", content)
+    assert spec_of_directory(encoder, model_id="m").max_length == longest
+
+
+def test_a_directory_that_does_not_exist_or_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "nowhere"):
+        with pytest.raises(SetupError, match="no model directory"):
+            spec_of_directory(path)
+
+
+def test_modules_that_are_no_list_are_refused(encoder: Path) -> None:
+    write_json(encoder / "modules.json", {"a": 1})
+    with pytest.raises(SetupError, match=r"modules\.json is not a list"):
+        spec_of_directory(encoder)

@@ -16,6 +16,8 @@ from cli.data_dir import DataDir, check_port, why_not_free
 from cli.demo import DEMO_MODEL
 from cli.farm import FarmOptions, FarmPlan
 from cli.main import app
+from cli.screen import Screen
+from cli.up import up
 from common.errors import SetupError
 from common.settings import WorkerSettings
 
@@ -150,6 +152,18 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(farm.EXTRAS, "worker", ("no_such_module",))
     with pytest.raises(SetupError, match="no_such_module is not installed: install farmhand with the extra 'worker'"):
         farm.check_installed(flower=True)
+
+
+def test_one_port_for_two_is_refused() -> None:
+    with pytest.raises(SetupError, match="port 8080 is wanted by the API and by Flower"):
+        farm.check_ports_differ(FarmOptions(port=8080, flower_port=8080))
+    farm.check_ports_differ(FarmOptions(port=8080, flower_port=8080, has_flower=False))
+
+
+def test_a_machine_profile_that_cannot_be_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="FARMHAND_MACHINE_PROFILE"):
+        up(FarmOptions(machine_profile="A B"), tmp_path / "farm", Screen())
+    assert not (tmp_path / "farm").exists()
 
 
 @pytest.mark.parametrize("words", [["up", "--hosts", "none"], ["up", "--port", "0"], ["up", "--workers", "0"]])

@@ -18,11 +18,13 @@ from tests.services import wait_until
 DRIVER = """
 import json, os, sys
 from pathlib import Path
+from cli import supervisor as supervision
 from cli.data_dir import DataDir
 from cli.screen import Screen
 from cli.supervisor import Stage, Supervisor, Unit
 from common.errors import SetupError
 
+supervision.SAY_AGAIN_S = 0.2
 directory, children = Path(sys.argv[1]), json.loads(sys.argv[2])
 try:
     with DataDir(directory) as data:
@@ -58,6 +60,11 @@ IGNORES = """
 import pathlib, signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path("{name}").touch()
+while True: signal.pause()
+"""
+WAITS = """
+import json, signal
+print(json.dumps({"event": "not_ready", "reason": "the seventh cow"}), flush=True)
 while True: signal.pause()
 """
 FAILS = "import sys; sys.exit('the disk is on fire')"
@@ -112,7 +119,20 @@ def test_a_child_that_dies_is_started_again_with_one_line(start: Start) -> None:
     (child,) = driven.children()
     child.kill()
     wait_until(lambda: [one.pid for one in driven.children()] not in ([], [child.pid]), 5, "another child")
-    assert f"worker (pid {child.pid}) was ended by SIGKILL; starting it again in 0.5 s" in driven.said()
+    (line,) = [line for line in driven.said().splitlines() if line.startswith("worker")]
+    assert line.startswith(f"worker (pid {child.pid}) was ended by SIGKILL; starting it again in 0.5 s; its log: ")
+    assert Path(line.partition("its log: ")[2]).exists()
+
+
+def test_a_child_that_dies_again_waits_twice_as_long(start: Start) -> None:
+    driven = start(worker=(OBEYS, "SERVING"))
+    driven.wait_up()
+    for wait in ("0.5 s", "1 s"):
+        wait_until(driven.children, 5, "a child")
+        (child,) = driven.children()
+        child.kill()
+        said = f"(pid {child.pid}) was ended by SIGKILL; starting it again in {wait};"
+        wait_until(lambda said=said: said in driven.said(), 5, said)
 
 
 def test_what_serves_ends_before_what_stores(start: Start) -> None:
@@ -141,6 +161,18 @@ def test_a_second_signal_ends_what_does_not_listen(start: Start) -> None:
     assert not child.is_running()
 
 
+def test_whatever_does_not_listen_is_gone_within_ten_seconds(start: Start) -> None:
+    driven = start(worker=(IGNORES, "SERVING"), redis=(IGNORES, "STORING"))
+    driven.wait_up()
+    children = driven.children()
+    asked_at = monotonic()
+    driven.process.send_signal(signal.SIGTERM)
+    assert driven.process.wait(10) == 0
+    assert monotonic() - asked_at > 7  # a running batch was given its time
+    assert len(children) == 2
+    assert not any(child.is_running() for child in children)
+
+
 def test_children_die_with_a_killed_supervisor(start: Start) -> None:
     driven = start(worker=(IGNORES, "SERVING"), redis=(IGNORES, "STORING"))
     driven.wait_up()
@@ -149,6 +181,11 @@ def test_children_die_with_a_killed_supervisor(start: Start) -> None:
     driven.process.kill()
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
+
+
+def test_a_child_that_takes_long_says_what_it_waits_for(start: Start) -> None:
+    driven = start(worker=(WAITS, "SERVING"))
+    wait_until(lambda: driven.said().splitlines() == ["  ... worker", "  ... worker: the seventh cow"], 8, "both lines")
 
 
 def test_a_farm_that_cannot_start_says_why_in_one_line_and_leaves_nothing(start: Start) -> None:

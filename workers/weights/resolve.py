@@ -17,13 +17,16 @@ WANTED_FILES: Final = ("*.json", "*.safetensors", "*.txt", "*.model", "*/config.
 HUB_TIMEOUT_S: Final = 10
 
 
-def resolve(source: Source, *, allowed_roots: Sequence[Path], cache_dir: Path | None) -> Path:
+def resolve(
+    source: Source, *, allowed_roots: Sequence[Path], cache_dir: Path | None, hub_timeout_s: float = HUB_TIMEOUT_S
+) -> Path:
     """The directory of a model's files.
 
     Args:
         source: a path under one of the roots, or a Hub repository at a revision.
         allowed_roots: the only places local models may lie in.
         cache_dir: where Hub downloads are kept; None: where huggingface_hub keeps them.
+        hub_timeout_s: how long the Hub may take to say that it has the repository.
 
     Raises:
         ModelLoadError: no tier has it; ``error_class`` says why.
@@ -32,7 +35,7 @@ def resolve(source: Source, *, allowed_roots: Sequence[Path], cache_dir: Path | 
         return _local(Path(source.path), allowed_roots)
     if source.hub is None:
         raise _failure("its source names neither a path nor a Hub repository", "CONFIG", permanent=True)
-    return _cached(source, cache_dir) or _download(source, source.hub, cache_dir)
+    return _cached(source, cache_dir) or _download(source, source.hub, cache_dir, hub_timeout_s)
 
 
 def _local(path: Path, allowed_roots: Sequence[Path]) -> Path:
