@@ -32,9 +32,23 @@ def _attention(_module: Any, query: Any, key: Any, value: Any, _mask: Any, scali
         q, k, v = (
             one[0, :, start:end].view(heads, count, length, width).transpose(0, 1) for one in (query, key, value)
         )
-        seen = scaled_dot_product_attention(q, k, v, scale=scaling)
+        quick = query.dtype == torch.bfloat16 and count * length >= 64 and length <= 512
+        seen = _products(q, k, v, scaling) if quick else scaled_dot_product_attention(q, k, v, scale=scaling)
         out[start:end] = seen.transpose(1, 2).reshape(-1, heads, width)
     return out[None], None
+
+
+def _products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention by two products, keys filled to whole registers: in bfloat16 quicker than the fused kernel."""
+    count, heads, length, width = q.shape
+    filled = -(-length // 32) * 32
+    keys, values = q.new_zeros(2, count, heads, filled, width)
+    keys[:, :, :length], values[:, :, :length] = k, v
+    bias = q.new_zeros(filled)
+    bias[length:] = -torch.inf
+    rows = q.reshape(count * heads, length, width)
+    scores = torch.baddbmm(bias.expand(len(rows), length, filled), rows, keys.flatten(0, 1).mT, alpha=scaling)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(count, heads, length, width)
 
 
 class Ceiling:

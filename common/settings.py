@@ -67,7 +67,7 @@ class WorkerSettings(CommonSettings):
     )
     intake_max_items: int = Field(8192, gt=0)
     intake_max_tokens: int = Field(1_000_000, gt=0)
-    pop_max: int = Field(64, gt=0, description="messages taken in one round trip")
+    pop_max: int = Field(64, gt=0, le=1000, description="messages taken in one round trip")
     batch_max_items: int = Field(256, gt=0, description="items in one micro-batch")
     batch_max_tokens: int = Field(0, ge=0, description="tokens in one micro-batch; 0: 2048 on CPU, 16384 on a GPU")
     hang_floor_s: float = Field(5.0, gt=0, description="a measured batch is never cut earlier than this")

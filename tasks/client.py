@@ -4,7 +4,6 @@ Owns nothing but its connections. ``publisher`` admits and publishes, ``replies`
 ``results`` tells when asynchronous ones are there; here they become submit, run, task and cancel.
 """
 
-import hashlib
 import os
 import threading
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from common.errors import (
 )
 from common.logs import get_logger
 from tasks import messages, names, scripts
+from tasks.batching import batch_key
 from tasks.messages import INLINE_BODY_BYTES, Outcome, Request, Ticket
 from tasks.names import Lane, Operation, queue_name
 from tasks.publisher import OPEN_GRACE_S, RETRY_AFTER_S, WAIT_S, Entry, Publisher
@@ -45,8 +45,6 @@ LATE_REPLY_S: Final = 0.5
 OVERDUE_GRACE_S: Final = 5.0
 """A task this much past its deadline is settled by whoever asks for it."""
 CANCELLED_S: Final = 3600
-FORWARD_FREE: Final = frozenset({"is_query", "instruction", "normalize", "output_dtype", "profile", "lora", "lora_id"})
-"""Options that change no forward pass: requests that differ in them may share one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +90,6 @@ class WorkerView:
     resident: frozenset[str]
     transport: str
     is_ready: bool
-
-
-def batch_key(model: str, spec: str, operation: Operation, adapter: str | None, options: Mapping[str, Any]) -> str:
-    """Requests with equal keys may share a forward pass; a caller's words enter it as a digest only."""
-    forward = {name: value for name, value in options.items() if name not in FORWARD_FREE} if options else None
-    digest = ""
-    if forward:
-        digest = hashlib.sha256(msgspec.json.encode(forward, order="deterministic")).hexdigest()[:16]
-    return f"{model}@{spec}|{operation}|{adapter or ''}|{digest}"
 
 
 class FarmClient:

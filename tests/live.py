@@ -27,7 +27,7 @@ from config_db.catalog import apply_models
 from config_db.engine import open_engine
 from config_db.spec import ModelSpec, Source
 from tasks import messages, names, scripts
-from tasks.client import batch_key
+from tasks.batching import batch_key
 from tasks.messages import Outcome, Request, Ticket
 from tasks.names import Lane, Operation, queue_name
 from tests.services import DYING_WITH_US, wait_until

@@ -16,7 +16,6 @@ from hashlib import sha1
 from time import monotonic
 from typing import Any, Final, Protocol
 
-import msgspec
 from celery.utils.time import maybe_make_aware
 from celery.worker import state as celery_state
 
@@ -36,12 +35,14 @@ from config_db.spec import ModelSpec
 from tasks import messages, names
 from tasks.messages import Outcome, Ticket
 from tasks.transport import Popped
+from workers.foreign import adopt, stub_ticket
 from workers.host_link import BatchTiming, HostBatch, HostPool, PartResult
 from workers.intake import Held, Intake
 from workers.outcomes import OutcomeWriter, dead_letter
 from workers.redis_link import RedisLink
-from workers.request import FarmRequest, read_foreign
+from workers.request import FarmRequest
 from workers.scheduler import Pick, Scheduler, Work
+from workers.slices import Cut, cut_body
 
 log = get_logger("workers")
 
@@ -49,6 +50,7 @@ LOSSES_UNTIL_DEAD: Final = 3
 CRASHES_ALONE_UNTIL_FAILED: Final = 2
 HOST_DEPTH: Final = 2
 """Micro-batches a host holds: one computing, one being tokenised."""
+RATES_REMEMBERED: Final = 4096
 EPOCH_WAIT_S: Final = 10.0
 """How long a message of a newer epoch waits for this worker's config to catch up."""
 
@@ -202,9 +204,10 @@ class Dispatcher:
         body: bytes = request.message.body
         if ticket is None:
             try:
-                ticket, body = self._adopt(request)
+                ticket, body = adopt(request, self._specs.current, self._expires(request), self._clock.now())
             except FarmError as error:
-                ticket, body, refusal = self._stub_ticket(request), b"", error
+                ticket, body = stub_ticket(request, self._expires(request), self._clock.now()), b""
+                refusal = error
         held = self._hold(request, ticket, body)
         if refusal is not None:
             self._settle(held, messages.failed(held.id, refusal))
@@ -315,43 +318,11 @@ class Dispatcher:
         celery_state.task_reserved(request)
         return held
 
-    def _adopt(self, request: FarmRequest) -> tuple[Ticket, bytes]:
-        """The ticket of a plain Celery producer's message, which was never admitted."""
-        model, wanted = read_foreign(request)
-        spec = self._specs.current.model(model)
-        if not wanted.items:
-            raise MessageError("a request has at least one item", param="items")
-        if request.operation not in spec.operations:
-            raise MessageError(f"{model} does not do {request.operation}", param="model")
-        body = messages.encode_body(spec.id, wanted)
-        stub = self._stub_ticket(request)
-        ticket = msgspec.structs.replace(
-            stub,
-            model=spec.id,
-            spec=spec.digest,
-            key=f"{spec.id}@{spec.digest}|{request.operation}||",
-            items=len(wanted.items),
-            tokens=max(1, len(body) // 4),
-        )
-        return ticket, body
-
-    def _stub_ticket(self, request: FarmRequest) -> Ticket:
-        now = self._clock.now()
-        expires = (
-            maybe_make_aware(request.expires).timestamp() if request.expires else now + self._limits.default_timeout_s
-        )
-        return Ticket(
-            model="",
-            spec="",
-            operation=request.operation,
-            key="",
-            items=1,
-            tokens=1,
-            deadline=expires,
-            published=now,
-            asynchronous=True,
-            admitted=False,
-        )
+    def _expires(self, request: FarmRequest) -> float:
+        """When a plain producer's request is too late, on the farm's clock: as it says, or after a default time."""
+        if request.expires:
+            return float(maybe_make_aware(request.expires).timestamp())
+        return self._clock.now() + self._limits.default_timeout_s
 
     def _hold_until_eta(self, held: Held) -> None:
         """A plain producer's countdown: the request waits in the intake, its deadline counted from then on."""
@@ -407,7 +378,7 @@ class Dispatcher:
         self._specs.poll_soon()
         return True
 
-    def _schedule(self, held: Held, spec: ModelSpec, bodies: Sequence["Cut"]) -> None:
+    def _schedule(self, held: Held, spec: ModelSpec, bodies: Sequence[Cut]) -> None:
         held.slices_left = len(bodies)
         held.results = [None] * len(bodies)
         if spec.limits.max_concurrency is not None:
@@ -526,6 +497,8 @@ class Dispatcher:
     def _learn(self, key: str, tokens: int, seconds: float) -> None:
         """Keep the slowest recent rate: it decays by a tenth a batch towards what is measured."""
         measured = seconds / tokens
+        if len(self._batch_s_per_token) >= RATES_REMEMBERED:  # keys hold what callers chose: they must not pile up
+            self._batch_s_per_token.clear()
         self._batch_s_per_token[key] = max(measured, 0.9 * self._batch_s_per_token.get(key, 0.0))
 
     def _announce_absent(self, now: float) -> None:
@@ -623,55 +596,6 @@ class Dispatcher:
             else:
                 error = HostLostError(f"the model process died while running this request alone ({reason})")
                 self._settle(held, messages.failed(held.id, error, model=held.ticket.model, spec=held.ticket.spec))
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """One slice of a request: a body of its own, its items and estimated tokens."""
-
-    body: bytes
-    items: int
-    tokens: int
-
-
-class _RawRequest(messages.Request, kw_only=True):
-    items: list[msgspec.Raw]
-
-
-_raw_decoder = msgspec.msgpack.Decoder(tuple[tuple[str, _RawRequest], dict[str, Any], Any])
-
-
-def cut_body(ticket: Ticket, body: bytes, *, max_items: int, max_tokens: int) -> list[Cut]:
-    """Cut a request that is larger than a micro-batch into slices that are not; most are one slice, not decoded.
-
-    Raises:
-        MessageError: the body is not an inference request.
-    """
-    fits = ticket.items <= max_items and ticket.tokens <= max_tokens
-    if ticket.items <= 1 or fits or ticket.operation != names.Operation.ENCODE:
-        return [Cut(body, ticket.items, ticket.tokens)]
-    try:
-        (model, request), _, _ = _raw_decoder.decode(body)
-    except msgspec.DecodeError as error:
-        raise MessageError(f"the message body is not an inference request: {error}") from error
-    total = max(1, sum(len(memoryview(item)) for item in request.items))
-    cuts: list[Cut] = []
-    current: list[msgspec.Raw] = []
-    tokens = 0
-    for item in request.items:
-        cost = max(1, ticket.tokens * len(memoryview(item)) // total)
-        if current and (len(current) >= max_items or tokens + cost > max_tokens):
-            cuts.append(_cut(model, request, current, tokens))
-            current, tokens = [], 0
-        current.append(item)
-        tokens += cost
-    cuts.append(_cut(model, request, current, tokens))
-    return cuts
-
-
-def _cut(model: str, request: _RawRequest, items: list[msgspec.Raw], tokens: int) -> Cut:
-    part = msgspec.structs.replace(request, items=items)
-    return Cut(messages.encode_body(model, part), len(items), tokens)
 
 
 def _send_final_event(held: Held, outcome: Outcome) -> None:

@@ -7,7 +7,6 @@ instead of to a pool.
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import msgspec
 from celery import Task as CeleryTask
 from celery.app.base import Celery
 from celery.exceptions import InvalidTaskError
@@ -129,18 +128,3 @@ def intake_strategy(task: Any, app: Celery, consumer: Any) -> Callable[..., None
             request.revoked()
 
     return handle
-
-
-def read_foreign(request: FarmRequest) -> tuple[str, messages.Request]:
-    """Model and request of a plain Celery producer's message: ``farm.encode(model, request)``, positional or by name.
-
-    Raises:
-        MessageError: the arguments are not a model's name and a request.
-    """
-    try:
-        payload = request.message.decode()
-        args, kwargs, _ = payload
-        values = dict(zip(("model", "request"), args, strict=False)) | dict(kwargs)
-        return msgspec.convert((values["model"], values["request"]), tuple[str, messages.Request], strict=True)
-    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
-        raise MessageError(f"{request.type} takes a model's name and a request with items: {error}") from error

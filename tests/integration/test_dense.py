@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
-from common.errors import ModelLoadError, RequestError
+from common.errors import InferenceError, ModelLoadError, RequestError
 from config_db.catalog import spec_of_directory
 from tasks import codec
 from tasks.messages import Request
@@ -67,6 +69,8 @@ configs = {
         hidden_dim=64, max_position_embeddings=64, initializer_range=0.5),
     "mpnet": lambda: transformers.MPNetConfig(**small),
     "electra": lambda: transformers.ElectraConfig(**small, embedding_size=32),
+    "qwen3": lambda: transformers.Qwen3Config(**tiny, num_key_value_heads=2, head_dim=8, initializer_range=0.5,
+        pad_token_id=0, max_position_embeddings=64),
     "modernbert": lambda: transformers.ModernBertConfig(**dict(tiny, num_hidden_layers=3), pad_token_id=0,
         cls_token_id=2, sep_token_id=3, local_attention=8),
 }
@@ -91,6 +95,7 @@ KINDS = [
     ("mpnet", "lasttoken"),
     ("electra", "mean_sqrt_len_tokens"),
     ("modernbert", "mean"),
+    ("qwen3", "lasttoken"),
     ("bert", "mean"),
 ]
 
@@ -224,6 +229,43 @@ def test_a_bad_request_fails_alone_and_names_the_field(minilm: Path) -> None:
         np.testing.assert_allclose(codec.array_of(one[0]["dense"]["values"]), encode(model, ["fine"])[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["modernbert", "qwen3"])
+def test_half_precision_leaves_the_places_of_tokens_exact(tiny: list[Path], kind: str) -> None:
+    """Rotary frequencies in bfloat16 would be off by whole turns some hundred tokens into a text."""
+    folder = next(one for one in tiny if one.name.startswith(kind)) / "plain"
+    family = DenseFamily()
+    for _ in range(2):  # as first loaded, then back from eviction
+        spec = msgspec.structs.replace(spec_of_directory(folder), precision="bfloat16")
+        model = family.load(spec, folder, Device())
+        module = model._encoder.module
+        assert {one.dtype for one in module.parameters()} == {torch.bfloat16}
+        frequencies = [one for name, one in module.named_buffers() if "inv_freq" in name]
+        assert frequencies
+        assert {one.dtype for one in frequencies} == {torch.float32}
+        model.close()
+
+
+def test_a_request_may_choose_its_pooling(tiny: list[Path]) -> None:
+    model = load(tiny[0] / "plain")
+    first_token = load(tiny[0] / "plain", pooling="cls")
+    asked = encode(model, TEXTS, options={"pooling": "cls"})
+    np.testing.assert_allclose(asked, encode(first_token, TEXTS), atol=1e-5)
+    assert not np.allclose(asked, encode(model, TEXTS), atol=1e-2)
+    (refused,) = answer(model, Request(items=["a"], options={"pooling": "best"}))
+    assert isinstance(refused, RequestError)
+    assert refused.param == "params.options.pooling"
+
+
+def test_numbers_that_are_not_finite_are_an_error_of_their_request_alone(minilm: Path) -> None:
+    model = load(minilm)
+    prepared = model.prepare("encode", [Request(items=["a", "b"]), Request(items=["c"])])
+    vectors = model.run(prepared).clone()
+    vectors[1, 5] = float("nan")
+    answers = model.finish(prepared, vectors)
+    assert isinstance(answers[0], InferenceError)
+    assert isinstance(answers[1], bytes)
+
+
 def test_a_model_comes_back_from_eviction_as_it_was(minilm: Path) -> None:
     family = DenseFamily()
     spec = msgspec.structs.replace(spec_of_directory(minilm), precision="float32")
@@ -249,6 +291,40 @@ def test_models_of_one_shape_do_not_share_weights(tiny: list[Path]) -> None:
         np.testing.assert_array_equal(vectors[early], vectors[late])
 
 
+@pytest.mark.parametrize(
+    ("kind", "packed"), [("bert", True), ("roberta", True), ("modernbert", True), ("qwen3", True), ("mpnet", False)]
+)
+def test_architectures_run_without_padding_where_they_can(tiny: list[Path], kind: str, packed: bool) -> None:
+    folder = next(one for one in tiny if one.name.startswith(kind)) / "plain"
+    spec = msgspec.structs.replace(spec_of_directory(folder), precision="float32")
+    assert DenseFamily().load(spec, folder, Device())._encoder.layout.packed is packed
+
+
+def test_a_model_runs_right_while_another_is_loaded_and_tried(minilm: Path) -> None:
+    """The host's loader thread tries models while its compute thread runs others."""
+    family = DenseFamily()
+    spec = msgspec.structs.replace(spec_of_directory(minilm), precision="float32")
+    model = family.load(spec, minilm, Device())
+    expected = encode(model, TEXTS)
+    loaded = Event()
+    packed: list[bool] = []
+
+    def load() -> None:
+        try:
+            packed.extend(DenseFamily().load(spec, minilm, Device())._encoder.layout.packed for _ in range(2))
+        finally:
+            loaded.set()
+
+    loader = Thread(target=load)
+    loader.start()
+    runs = 0
+    while not loaded.is_set() or runs == 0:
+        np.testing.assert_allclose(encode(model, TEXTS), expected, atol=2e-6)
+        runs += 1
+    loader.join()
+    assert packed == [True, True]
+
+
 def _spoil_pooling(folder: Path) -> None:
     (path,) = folder.glob("*Pooling/config.json")
     path.write_text(json.dumps({"pooling_mode": "weightedmean"}))
@@ -264,7 +340,12 @@ def _spoil_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"not weights")
 
 
-@pytest.mark.parametrize("spoil", [_spoil_pooling, _spoil_modules, _spoil_weights])
+def _spoil_dense_layer(folder: Path) -> None:
+    (weights,) = folder.glob("*Dense/model.safetensors")
+    weights.rename(weights.with_name("pytorch_model.bin"))
+
+
+@pytest.mark.parametrize("spoil", [_spoil_pooling, _spoil_modules, _spoil_weights, _spoil_dense_layer])
 def test_a_folder_that_cannot_be_served_rightly_is_refused(
     spoil: Callable[[Path], None], tiny: list[Path], tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.client import FORWARD_FREE, batch_key
+from tasks.batching import FORWARD_FREE, batch_key
 from tasks.names import Operation
 
 SPEC = "0123456789abcdef"

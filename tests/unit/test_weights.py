@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -33,6 +33,7 @@ FILES = {
     "pytorch_model.bin": b"pickled code",
     "modeling_tiny.py": b"raise SystemExit",
 }
+Process: TypeAlias = "subprocess.Popen[str]"
 RESOLVE = """
 import json, sys
 from pathlib import Path
@@ -41,7 +42,8 @@ from config_db.spec import Source
 from workers.weights.resolve import resolve
 source, cache = Source(**json.loads(sys.argv[1])), Path(sys.argv[2])
 try:
-    print(json.dumps({"path": str(resolve(source, allowed_roots=(), cache_dir=cache, hub_timeout_s=float(sys.argv[3])))}))
+    found = resolve(source, allowed_roots=(), cache_dir=cache, hub_timeout_s=float(sys.argv[3]))
+    print(json.dumps({"path": str(found)}))
 except ModelLoadError as error:
     print(json.dumps({"error": error.as_dict()}))
 """
@@ -70,7 +72,7 @@ class _Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 - the name http.server asks for
 
     def log_message(self, *_: object) -> None:
         pass
@@ -86,7 +88,9 @@ class _Answer(BaseHTTPRequestHandler):
         elif path.startswith(f"/api/models/{REPOSITORY}/revision/"):
             self._revision(path.rpartition("/")[2])
         elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
-            tree = [{"type": "file", "path": name, "size": len(data), "oid": _oid(data)} for name, data in FILES.items()]
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": _oid(data)} for name, data in FILES.items()
+            ]
             self._send(200, json.dumps(tree).encode())
         elif path.startswith(f"/{REPOSITORY}/resolve/{COMMIT}/"):
             self._file(path.removeprefix(f"/{REPOSITORY}/resolve/{COMMIT}/"))
@@ -140,7 +144,9 @@ def hub() -> Iterator[Hub]:
     thread.join()
 
 
-def begin(url: str, cache: Path, *, timeout_s: float = 10, offline: bool = False, **source: str) -> "subprocess.Popen[str]":
+def begin(
+    url: str, cache: Path, *, timeout_s: float = 10, offline: bool = False, **source: str
+) -> "subprocess.Popen[str]":
     """Resolve in a process of its own: huggingface_hub reads its environment once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environ = {**kept, "HF_ENDPOINT": url, "HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -149,7 +155,7 @@ def begin(url: str, cache: Path, *, timeout_s: float = 10, offline: bool = False
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def end(process: "subprocess.Popen[str]") -> dict[str, Any]:
+def end(process: Process) -> dict[str, Any]:
     said, complaint = process.communicate(timeout=60)
     assert process.returncode == 0, complaint[-2000:]
     answer: dict[str, Any] = json.loads(said.splitlines()[-1])
@@ -210,7 +216,7 @@ def test_a_source_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("revision", [None, "v1", COMMIT])
-def test_what_the_hub_gave_is_whole_safe_and_never_asked_for_again(hub: Hub, tmp_path: Path, revision: str | None) -> None:
+def test_what_the_hub_gave_is_whole_and_never_asked_for_again(hub: Hub, tmp_path: Path, revision: str | None) -> None:
     source = {"revision": revision} if revision else {}
     found = Path(fetch(hub.url, tmp_path, **source)["path"])
     fetched = {str(path.relative_to(found)): path.read_bytes() for path in found.rglob("*") if path.is_file()}

@@ -133,6 +133,17 @@ def load_module(files: Path) -> torch.nn.Module:
     return module.eval()  # type: ignore[no-any-return]  # transformers is untyped
 
 
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Change the number format of a module's parameters, in place, and return it.
+
+    Not of its buffers, as ``Module.to`` would: rotary frequencies rounded to bfloat16 lose the places of long texts.
+    """
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
 def hang_in(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
     """Give a skeleton these weights, by name; false, and nothing done, if they do not cover it."""
     wanted = dict(module.named_parameters(remove_duplicate=False))
@@ -167,8 +178,10 @@ def encoder(module: torch.nn.Module, chosen: Layout, device: str) -> Encoder:
     return Encoder(module.to(device), chosen, device, takes if types else takes - {"token_type_ids"})
 
 
-def layouts(module: torch.nn.Module) -> list[Layout]:
-    """The packed layouts worth trying: which one is right, if any, is found by comparing, not by name."""
+def layouts(module: torch.nn.Module, kind: str) -> list[Layout]:
+    """The packed layouts worth trying on a kind of device; which is right, if any, is found by comparing."""
+    if kind != "cpu":  # a call for each length would leave a GPU waiting for launches; padded, one call serves all
+        return []
     if "position_ids" not in inspect.signature(module.forward).parameters:
         return []
     after_padding = _pad_id(module) + 1  # how RoBERTa and its kin count
@@ -179,6 +192,12 @@ def plain_layout(module: torch.nn.Module) -> Layout:
     """Padded, with the attention that transformers itself chose: what every other layout is compared with."""
     config: Any = module.config
     return Layout(packed=False, attention=str(config._attn_implementation))  # noqa: SLF001 - it has no public name
+
+
+def attention_window(module: torch.nn.Module) -> int | None:
+    """How many tokens away some of its layers see, as its config says; None if all see the whole text."""
+    window = getattr(module.config, "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else None
 
 
 def _pad_id(module: torch.nn.Module) -> int:

@@ -24,11 +24,26 @@ CHECK_TEXTS: Final = (
 )
 
 
+LONGEST_CHECK_WORDS: Final = 1024
+"""A check must not take longer than the load it belongs to."""
+
+
+def check_texts(window: int | None) -> list[str]:
+    """The texts a model is tried with: one is longer than its attention reaches, where that has a bound."""
+    if window is None:
+        return list(CHECK_TEXTS)
+    words = CHECK_TEXTS[-1].split()
+    wanted = min(3 * window, LONGEST_CHECK_WORDS)
+    return [*CHECK_TEXTS, " ".join(words * (1 + wanted // len(words)))]
+
+
 def candidates(wanted: str, device: Device) -> tuple[str, ...]:
     """Precisions to try in order; the last is taken unchecked."""
     if wanted != "auto":
         return (wanted,)
-    return ("bfloat16", "float32") if _has_fast_bfloat16(device) else ("float32",)
+    if _has_fast_bfloat16(device):
+        return ("bfloat16", "float32")
+    return ("float16", "float32") if device.kind == "cuda" else ("float32",)
 
 
 def worst_cosine(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ that a partial file is never used. No torch.
 """
 
 from collections.abc import Sequence
+from errno import EACCES, EDQUOT, ENOSPC, EROFS
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +15,7 @@ from config_db.spec import Source
 
 WANTED_FILES: Final = ("*.json", "*.safetensors", "*.txt", "*.model", "*/config.json", "*/*.safetensors")
 """Weights in other formats can run code when they are read, so they are not even fetched."""
-HUB_TIMEOUT_S: Final = 10
+HUB_TIMEOUT_S: Final = 10.0
 
 
 def resolve(
@@ -67,29 +68,35 @@ def _cached(source: Source, cache_dir: Path | None) -> Path | None:
     return whole if (whole / "config.json").exists() and any(whole.rglob("*.safetensors")) else None
 
 
-def _download(source: Source, repository: str, cache_dir: Path | None) -> Path:
+def _download(source: Source, repository: str, cache_dir: Path | None, timeout_s: float) -> Path:
     """Fetch the repository; whoever comes first does, the others wait for it."""
-    from huggingface_hub import errors, snapshot_download
+    from httpx import HTTPError
+    from huggingface_hub import HfApi, errors, snapshot_download
 
-    at = f"{repository}@{source.revision or 'main'}"
+    revision = source.revision or "main"
+    at = f"{repository}@{revision}"
     tried = f"it is not in the Hub cache on this worker's disk, and the Hub ({_endpoint()})"
     try:
+        # One plain question first: a download of a pinned revision asks at once with retries, 83 s of them if need be.
+        HfApi().model_info(repository, revision=revision, timeout=timeout_s)
         found = snapshot_download(
             repository,
-            revision=source.revision,
+            revision=revision,
             cache_dir=cache_dir,
             allow_patterns=list(WANTED_FILES),
-            etag_timeout=HUB_TIMEOUT_S,
+            etag_timeout=timeout_s,
         )
     except errors.GatedRepoError as error:
         raise _failure(f"{at}: {tried} wants a token with its licence accepted", "GATED", permanent=True) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise _failure(f"{at}: {tried} knows no such repository or revision", "NOT_FOUND", permanent=True) from error
-    except OSError as error:  # no connection, a time-out, no room on the disk
-        kind = "STORAGE" if error.errno == 28 else "NETWORK"
-        raise _failure(f"{at}: {tried} does not answer: {_first_line(error)}", kind, permanent=False) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, ValueError) as error:
-        raise _failure(f"{at}: {tried} refuses: {_first_line(error)}", "NETWORK", permanent=False) from error
+    except errors.HFValidationError as error:
+        raise _failure(f"{at}: no repository can have this name", "CONFIG", permanent=True) from error
+    except OSError as error:
+        kind = "STORAGE" if error.errno in (ENOSPC, EDQUOT, EROFS, EACCES) else "NETWORK"
+        raise _failure(f"{at}: {tried} does not give it: {_first_line(error)}", kind, permanent=False) from error
+    except (HTTPError, ValueError) as error:  # httpx's own: a time-out, a connection that broke off
+        raise _failure(f"{at}: {tried} does not give it: {_first_line(error)}", "NETWORK", permanent=False) from error
     return Path(found)
 
 

@@ -1,0 +1,21 @@
+"""The batching key: requests that share it may share a forward pass."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from tasks.names import Operation
+
+FORWARD_FREE: Final = frozenset({"is_query", "instruction", "normalize", "output_dtype", "profile", "lora", "lora_id"})
+"""Options that change no forward pass: requests that differ in them may share one."""
+
+
+def batch_key(model: str, spec: str, operation: Operation, adapter: str | None, options: Mapping[str, Any]) -> str:
+    """Requests with equal keys may share a forward pass; a caller's words enter it as a digest only."""
+    forward = {name: value for name, value in options.items() if name not in FORWARD_FREE} if options else None
+    digest = ""
+    if forward:
+        digest = hashlib.sha256(msgspec.json.encode(forward, order="deterministic")).hexdigest()[:16]
+    return f"{model}@{spec}|{operation}|{adapter or ''}|{digest}"

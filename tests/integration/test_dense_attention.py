@@ -1,0 +1,54 @@
+"""Padding-free attention against the formula over each text alone."""
+
+import pytest
+import torch
+
+from workers.host.attention import layout, packed_attention
+from workers.host.packing import Group
+
+HEADS, WIDTH = 4, 16
+GROUPS = (Group(0, 3, 1), Group(3, 2, 7), Group(17, 9, 20), Group(197, 1, 64), Group(261, 2, 100))
+TOKENS = GROUPS[-1].end
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def alone(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, causal: bool, window: int | None
+) -> torch.Tensor:
+    """One text ``[heads, tokens, width]``, written down as the formula says, in float64."""
+    places = torch.arange(query.shape[1])
+    distance = places[None] - places[:, None]
+    seen = torch.ones_like(distance, dtype=torch.bool) if not causal else distance <= 0
+    if window is not None:
+        seen &= distance.abs() < window
+    scores = query.double() @ key.double().transpose(1, 2) / WIDTH**0.5
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value.double()
+
+
+@pytest.mark.parametrize("kind", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 5), (True, 5)])
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_a_text_sees_itself_and_nothing_of_its_neighbours(
+    kind: torch.dtype, causal: bool, window: int | None, key_heads: int
+) -> None:
+    dice = torch.Generator().manual_seed(7)
+    query = torch.randn(1, HEADS, TOKENS, WIDTH, generator=dice).to(kind)
+    key, value = (torch.randn(1, key_heads, TOKENS, WIDTH, generator=dice).to(kind) for _ in range(2))
+    with layout(GROUPS):
+        mixed, _ = packed_attention(
+            torch.nn.Identity(), query, key, value, None, is_causal=causal, sliding_window=window
+        )
+    whole_key, whole_value = (part.repeat_interleave(HEADS // key_heads, dim=1)[0] for part in (key, value))
+    for group in GROUPS:
+        for start in range(group.start, group.end, group.length):
+            text = slice(start, start + group.length)
+            expected = alone(query[0, :, text], whole_key[:, text], whole_value[:, text], causal=causal, window=window)
+            torch.testing.assert_close(
+                mixed[0, text].transpose(0, 1).double(), expected, atol=TOLERANCE[kind], rtol=TOLERANCE[kind]
+            )
+
+
+def test_what_changes_scores_in_an_unknown_way_is_refused() -> None:
+    one = torch.zeros(1, HEADS, 4, WIDTH)
+    with layout((Group(0, 1, 4),)), pytest.raises(NotImplementedError, match="position_bias"):
+        packed_attention(torch.nn.Identity(), one, one, one, None, position_bias=one)
