@@ -22,8 +22,9 @@ from config_db.spec import ModelSpec
 
 FP32 = "bench/fp32"
 EVICTED_MODELS, ROOM_FOR = 12, 6
-MODEL_BYTES = 45_434_624
-"""One all-MiniLM-L6-v2 in bfloat16."""
+SPARE = 1.02
+"""Room beyond the bare weights."""
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass
@@ -52,22 +53,22 @@ Figure = Callable[[Effort], Measured]
 
 def list32_ratio(effort: Effort) -> Measured:
     """Requests of 32 short texts, 16 callers: texts per second over the ceiling's."""
-    return _ratio(effort, "bfloat16", "short", callers=16, count=32)
+    return _ratio(effort, DEMO, "short", callers=16, count=32)
 
 
 def single64_ratio(effort: Effort) -> Measured:
     """Requests of 1 short text, 64 callers, default precision: over the ceiling's."""
-    return _ratio(effort, "bfloat16", "short", callers=64, count=1)
+    return _ratio(effort, DEMO, "short", callers=64, count=1)
 
 
 def single64_fp32_ratio(effort: Effort) -> Measured:
     """The same in float32 on both sides."""
-    return _ratio(effort, "float32", "short", callers=64, count=1)
+    return _ratio(effort, FP32, "short", callers=64, count=1)
 
 
 def mixed32_ratio(effort: Effort) -> Measured:
     """Requests of 32 texts of mixed length, 16 callers: over the ceiling's."""
-    return _ratio(effort, "bfloat16", "mixed", callers=16, count=32)
+    return _ratio(effort, DEMO, "mixed", callers=16, count=32)
 
 
 def busy_core_ratio(effort: Effort) -> Measured:
@@ -79,12 +80,14 @@ def busy_core_ratio(effort: Effort) -> Measured:
             quiet = farm.load(64, 1, effort.seconds)["texts_s"]
             foreign = subprocess.Popen([sys.executable, "-c", "while True: pass"])
             try:
-                busy = farm.load(64, 1, effort.seconds)["texts_s"]
+                busy = farm.load(64, 1, effort.seconds)
             finally:
                 foreign.kill()
                 foreign.wait()
-            measured.samples.append(busy / quiet)
-            measured.note(f"bfloat16; quiet {quiet:.0f}/s")
+            measured.samples.append(busy["texts_s"] / quiet)
+        measured.note(
+            f"{farm.precision()}; last round: {busy['texts_s']:.0f} of {quiet:.0f} texts/s; busy, ms: {_shares(busy)}"
+        )
     return measured
 
 
@@ -96,7 +99,7 @@ def cpu_ms_per_request(effort: Effort) -> Measured:
         for _ in range(effort.rounds):
             seen = farm.load(64, 1, effort.seconds)
             measured.samples.append(sum(seen["cpu_ms"][role] for role in ("web", "worker", "redis")))
-        measured.note(f"bfloat16; ms: {_shares(seen)}")
+        measured.note(f"{farm.precision()}; ms: {_shares(seen)}")
     return measured
 
 
@@ -108,12 +111,13 @@ def overhead_ms_p50(effort: Effort) -> Measured:
         for _ in range(effort.rounds):
             seen = farm.load(1, 1, effort.seconds)
             measured.samples.append(seen["above_model_ms"])
-        measured.note(f"bfloat16; p50 {seen['p50_ms']:.1f} ms, p99 {seen['p99_ms']:.1f} ms; ms: {_shares(seen)}")
+        latencies = f"p50 {seen['p50_ms']:.1f} ms, p99 {seen['p99_ms']:.1f} ms"
+        measured.note(f"{farm.precision()}; {latencies}; ms: {_shares(seen)}")
     return measured
 
 
 def evict12_ratio(effort: Effort) -> Measured:
-    """12 models with memory for 6 a host, Zipf, requests of 32 short texts, 16 callers: over all resident."""
+    """12 models, device memory for 6, Zipf, requests of 32 short texts, 16 callers: over all resident."""
     measured = Measured()
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="farmhand-bench-models-"))
@@ -121,7 +125,8 @@ def evict12_ratio(effort: Effort) -> Measured:
         words = [word for path in _perturbed(folder) for word in ("--model-dir", str(path))]
         models = tuple(path.name for path in sorted(folder.iterdir()))
         roomy = stack.enter_context(running("--no-demo", "--hosts", "2", *words))
-        memory = str(int(2 * ROOM_FOR * MODEL_BYTES * 1.02))
+        _warm(roomy, models[0])
+        memory = str(int(ROOM_FOR * _model_bytes(roomy.precision()) * SPARE))
         tight = stack.enter_context(running("--no-demo", "--hosts", "2", *words, FARMHAND_DEVICE_MEMORY=memory))
         for farm in (roomy, tight):
             farm.load(16, 32, 4 * effort.seconds, "short", *models)
@@ -129,9 +134,12 @@ def evict12_ratio(effort: Effort) -> Measured:
             whole = roomy.load(16, 32, effort.seconds, "short", *models)
             less = tight.load(16, 32, effort.seconds, "short", *models)
             measured.samples.append(less["texts_s"] / whole["texts_s"])
+        measured.note(
+            f"{roomy.precision()}; last round: {less['texts_s']:.0f} of {whole['texts_s']:.0f} texts/s; "
+            f"with eviction, ms: {_shares(less)}"
+        )
         ones = [farm.load(16, 1, effort.seconds, "short", *models)["texts_s"] for farm in (tight, roomy)]
-        measured.note(f"bfloat16; {less['texts_s']:.0f} of {whole['texts_s']:.0f} texts/s; 1 text a request: ")
-        measured.note(f"{ones[0]:.0f} of {ones[1]:.0f} ({ones[0] / ones[1]:.2f})")
+        measured.note(f"1 text a request: {ones[0]:.0f} of {ones[1]:.0f} texts/s, {ones[0] / ones[1]:.2f}")
     return measured
 
 
@@ -163,44 +171,51 @@ def farm_idle_mb(effort: Effort) -> Measured:
 
 
 def growth(effort: Effort) -> Measured:
-    """No single figure: how rate and latency grow with models, callers and texts a request."""
+    """Rate with 1000 models registered over the rate with one; beside it growth with callers and texts a request."""
     measured = Measured()
+    model, *others = (msgspec.structs.replace(spec_of_directory(demo_folder()), id=f"bench/{n}") for n in range(1000))
     with running() as farm:
-        _warm(farm)
+        farm.publish([model], prune=True)
+        _warm(farm, model.id)
+        measured.note(farm.precision())
         for callers in (1, 4, 16, 64, 256):
-            seen = farm.load(callers, 1, effort.seconds)
+            seen = farm.load(callers, 1, effort.seconds, "short", model.id)
             measured.note(f"{callers} callers x 1: {seen['texts_s']:.0f} texts/s, p50 {seen['p50_ms']:.1f} ms")
         for count in (1, 4, 16, 64, 256):
-            seen = farm.load(4, count, effort.seconds)
+            seen = farm.load(4, count, effort.seconds, "short", model.id)
             measured.note(f"4 callers x {count}: {seen['texts_s']:.0f} texts/s, p50 {seen['p50_ms']:.1f} ms")
-        demo = spec_of_directory(demo_folder())
-        for total in (100, 1000):
-            farm.publish([msgspec.structs.replace(demo, id=f"bench/{n}") for n in range(total)])
-            seen = farm.load(64, 1, effort.seconds)
-            measured.note(f"{total} models registered, 64 x 1: {seen['texts_s']:.0f} texts/s; ms: {_shares(seen)}")
-            measured.samples.append(seen["texts_s"])
+        rates = {}
+        for total in (1, 10, 100, 1000):
+            farm.publish([model, *others[: total - 1]])
+            seen = farm.load(64, 1, effort.seconds, "short", model.id)
+            rates[total] = seen["texts_s"]
+            measured.note(f"{total} models registered, 64 x 1: {rates[total]:.0f} texts/s; ms: {_shares(seen)}")
+        measured.samples.append(rates[1000] / rates[1])
     return measured
 
 
-def _ratio(effort: Effort, precision: str, kind: str, *, callers: int, count: int) -> Measured:
-    """Interleaved rounds of ceiling and farm."""
+def _ratio(effort: Effort, model: str, kind: str, *, callers: int, count: int) -> Measured:
+    """Interleaved rounds of ceiling and farm, in the precision that the farm runs the model in."""
     measured = Measured()
-    model = FP32 if precision == "float32" else DEMO
-    with running() as farm, ceilings(precision) as ceiling:
+    with ExitStack() as stack:
+        farm = stack.enter_context(running())
         if model == FP32:
             farm.publish([_fp32()])
         _warm(farm, model)
+        precision = "float32" if model == FP32 else farm.precision()
+        ceiling = stack.enter_context(ceilings(precision))
         for _ in range(effort.rounds):
             top = ceiling.run(kind, effort.seconds)
             seen = farm.load(callers, count, effort.seconds, kind, model)
             measured.samples.append(seen["texts_s"] / top)
-        measured.note(f"{precision}; farm {seen['texts_s']:.0f}, ceiling {top:.0f} texts/s; ms: {_shares(seen)}")
+        rates = f"farm {seen['texts_s']:.0f}, ceiling {top:.0f} texts/s"
+        measured.note(f"{precision}; last round: {rates}; ms: {_shares(seen)}")
         measured.note(_library(ceiling, effort))
     return measured
 
 
 def _library(ceiling: Ceilings, effort: Effort) -> str:
-    return f"SentenceTransformer.encode {ceiling.run('library', effort.seconds):.0f} texts/s"
+    return f"SentenceTransformer.encode, float32, batches of 32: {ceiling.run('library', effort.seconds):.0f} texts/s"
 
 
 def _warm(farm: Farm, model: str = DEMO) -> None:
@@ -214,6 +229,12 @@ def _fp32() -> ModelSpec:
 
 def _shares(seen: dict[str, Any]) -> str:
     return ", ".join(f"{role} {used:.2f}" for role, used in sorted(seen["cpu_ms"].items()) if used >= 0.005)
+
+
+def _model_bytes(precision: str) -> int:
+    """What one resident demo model holds."""
+    weights = load_file(demo_folder() / "model.safetensors").values()
+    return ITEM_BYTES[precision] * sum(tensor.numel() for tensor in weights if tensor.is_floating_point())
 
 
 def _perturbed(folder: Path) -> Sequence[Path]:

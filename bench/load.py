@@ -23,10 +23,11 @@ WARM_UP_S = 0.5
 
 @dataclass
 class Seen:
-    """What all callers saw."""
+    """What all callers saw. ``answered`` and ``failed`` count the warm-up, too: it uses CPU as well."""
 
     latencies_ms: list[float] = field(default_factory=list)
     above_model_ms: list[float] = field(default_factory=list)
+    answered: int = 0
     failed: int = 0
 
 
@@ -56,10 +57,11 @@ async def caller(port: int, made: list[bytes], place: int, until: float, seen: S
         head = await reader.readuntil(b"\r\n\r\n")
         size = int(head.lower().split(b"content-length:")[1].split(b"\r\n", 1)[0])
         body = await reader.readexactly(size)
-        if asked < count_from:
-            continue
+        seen.answered += 1
         if not head.startswith(b"HTTP/1.1 200"):
             seen.failed += 1
+            continue
+        if asked < count_from:
             continue
         taken_ms = (perf_counter() - asked) * 1000
         seen.latencies_ms.append(taken_ms)
@@ -102,6 +104,7 @@ def main() -> None:
                 "above_model_ms": median(seen.above_model_ms) if seen.above_model_ms else None,
                 "failed": seen.failed,
                 "requests": len(seen.latencies_ms),
+                "answered": seen.answered,
                 "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
             }
         )
