@@ -8,9 +8,8 @@ acknowledgement (the outcome script). It leans on private parts of kombu 5.7; ``
 fails when those move.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty
 from time import monotonic
 from typing import Any, Final, Protocol
@@ -90,7 +89,6 @@ class Drain:
     was_full: bool = False
     outstanding_tag: int | None = None
     asked_by: str = ""
-    counts: Counter[str] = field(default_factory=Counter)
 
     def wanted(self) -> int:
         """Messages the next pop may take."""
@@ -125,6 +123,7 @@ class Drain:
         if self.asked_by != self.incarnation or verdict == b"closing":
             return []  # a former incarnation's messages are the janitor's
         if verdict == b"gone":
+            self.was_full = False
             self.sink.on_gone()
             return []
         self.turn = int(reply[2])
@@ -206,7 +205,7 @@ class FarmChannel(_KombuChannel):
             return
         queues = self._farm_queues()
         wanted = drain.wanted()
-        if not queues or wanted <= 0:
+        if wanted <= 0 or not any(drain.room.room(queue) > 0 for queue in queues):
             return
         connection = self.client.connection
         waits = not drain.was_full

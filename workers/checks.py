@@ -14,6 +14,8 @@ from tasks.transport import BELL_PREFIX
 log = get_logger("workers")
 
 OLDEST_REDIS = (6, 2)
+PLACE = "redis.call('DEL', KEYS[1]) redis.call('SET', KEYS[1], '1', 'EX', 10) redis.call('LPUSH', KEYS[2], ARGV[1])"
+"""Begins by removing, so that a full Redis accepts it: a worker must be able to come and empty it."""
 
 
 def check_redis(client: "redis.Redis") -> None:
@@ -55,8 +57,7 @@ def self_test(client: "redis.Redis") -> None:
     ]
     sent = b'{"self": "test"}'
     try:
-        client.set(names.beat(incarnation), "1", ex=10)
-        client.lpush(queue, sent)
+        client.eval(PLACE, 2, names.beat(incarnation), queue, sent)
         popped: Any = client.eval(scripts.source("pop"), len(keys) + 1, *keys, queue, 1, 1, 1, 0, 0, BELL_PREFIX, 1)
         held = client.hlen(names.unacked(incarnation))
         moved = client.eval(

@@ -328,7 +328,8 @@ class Dispatcher:
         """A plain producer's countdown: the request waits in the intake, its deadline counted from then on."""
         eta: datetime = maybe_make_aware(held.request.eta)  # type: ignore[arg-type]  # the caller has one
         wait_s = max(0.0, eta.timestamp() - self._clock.now())
-        held.deadline += wait_s
+        if not held.request.expires:
+            held.deadline += wait_s
         self._hub.call_later(wait_s, self._fetch_or_ready, held)
 
     def _fetch_or_ready(self, held: Held) -> None:

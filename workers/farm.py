@@ -168,6 +168,7 @@ class Farm:
         self._return_all(channel)
         self.link.wait_answered(LEAVE_S)
         self.heartbeat.die()
+        self.janitor.bury(self.heartbeat.incarnation)  # a pop's reply that was never read left records, too
         self.link.wait_answered(LEAVE_S)
         self.link.close()
 
@@ -235,16 +236,16 @@ class Farm:
                 if not busy and not getattr(channel, "has_asked", False):
                     return
                 self._hub.run_once()
-        except (redis.ConnectionError, OSError) as error:
+        except (redis.RedisError, OSError) as error:
             log.warning("broker_lost_while_closing", error=str(error))
         finally:
             ticking.cancel()
 
     def _return_all(self, channel: Any) -> None:
         tags = [held.tag for held in self.intake if not held.is_settling]
-        if not self.is_batch_popping:
+        if not self.is_batch_popping and channel is not None:
             channel.qos.restore_at_shutdown = True  # kombu returns what it has recorded when it closes the channel
-        elif tags:
+        elif self.is_batch_popping and tags:
             log.info("held_returned", messages=len(tags))
             give_back(self.link, self.heartbeat.incarnation, [tag for tag in tags if isinstance(tag, int)])
 

@@ -139,10 +139,11 @@ class RedisLink:
         for name in self._script_names:
             self.call("SCRIPT", "LOAD", scripts.source(name))
         self._on_connect()
+        self._pending.extend(waiting)
         for call in waiting:
-            self._pending.append(call)
-            self._write(call)
-        return True
+            if self._socket is not None:  # else it broke again, and the next connection sends them
+                self._write(call)
+        return self._socket is not None
 
     def tend(self) -> None:
         """Reconnect when it is time to, and drop a connection that has fallen silent; called by a timer."""
@@ -248,7 +249,8 @@ class RedisLink:
         for name in self._script_names:
             self.call("SCRIPT", "LOAD", scripts.source(name))
         self._pending.append(call)
-        self._write(call)
+        if self._socket is not None:
+            self._write(call)
 
     def _lose(self, reason: str) -> None:
         """Give up the connection; repeatable calls wait for the next one, the others learn that theirs was lost."""
@@ -258,6 +260,7 @@ class RedisLink:
         self._close_write_fd()
         self._connection.disconnect()
         self._connection = self._socket = None
+        self._reader = hiredis.Reader()  # replies of the lost connection must not answer calls of the next
         self._unsent.clear()
         lost = [call for call in self._pending if not call.repeat]
         self._pending = deque(call for call in self._pending if call.repeat)

@@ -43,6 +43,9 @@ class FarmRequest(CeleryRequest):
         if self.receiver is not None:
             self.receiver.on_revoked(self, expired=expired)
 
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """A cold shutdown asks this of what runs: ``Farm.leave`` gives the message back instead."""
+
     def terminate(self, pool: Any, signal: Any = None) -> None:  # noqa: ARG002 - Celery's signature
         """``revoke(terminate=True)``: answered at once; a micro-batch that runs goes on for its other requests."""
         self._announce_revoked("terminated", terminated=True, signum=None, expired=False)
@@ -97,6 +100,10 @@ def intake_strategy(task: Any, app: Celery, consumer: Any) -> Callable[..., None
             ticket = messages.read_ticket(message.headers)
         except MessageError as error:
             raise InvalidTaskError(str(error)) from error
+        if not isinstance(message.headers.get("id"), str) or not isinstance(
+            message.properties.get("reply_to"), (str, type(None))
+        ):
+            raise InvalidTaskError("a message's id, and the list its reply goes to, are strings")
         request = FarmRequest(
             message,
             on_ack=ack,

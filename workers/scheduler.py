@@ -333,7 +333,7 @@ class Scheduler:
         lanes = [first.lane, *(lane for lane in LANES if lane is not first.lane and lane in group.queues)]
         for lane in lanes:
             tenants = group.queues[lane]
-            for tenant in sorted(tenants, key=self._served.__getitem__) if len(tenants) > 1 else tenants:
+            for tenant in sorted(tenants, key=lambda one: self._served.get(one, 0.0)) if len(tenants) > 1 else tenants:
                 yield tenants[tenant]
 
     def _take(self, works: tuple[Work, ...], key: str, resident: Container[str]) -> Pick:

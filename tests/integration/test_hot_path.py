@@ -264,6 +264,8 @@ HOSTILE = [
     b'{"body": "%%%", "headers": {"id": null, "task": null}, "properties": {"body_encoding": "base64"}}',
     b'{"body": "", "headers": {"task": "os.system", "id": "1"}, "properties": {"delivery_info": 5}}',
     b'{"body": "", "headers": {"task": "farm.encode", "id": {"a": 1}, "eta": "yesterday"}, "properties": {}}',
+    b'{"body": "e30=", "headers": {"task": "farm.encode", "id": null}, "properties": {"body_encoding": "base64"}}',
+    b'{"body": "e30=", "headers": {"task": "farm.encode", "id": ["a"]}, "properties": {"body_encoding": "base64"}}',
     b"{" * 5000,
 ]
 
