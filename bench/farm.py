@@ -61,7 +61,7 @@ class Farm:
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far, by role."""
-        return {role: sum(map(_cpu_s, processes)) for role, processes in self.processes().items()}
+        return {role: sum(map(cpu_s, processes)) for role, processes in self.processes().items()}
 
     def pss_mb(self) -> dict[str, float]:
         """Proportional set size by role, in MiB; the supervisor is ``up``."""
@@ -160,7 +160,8 @@ def stop(farm: Farm) -> None:
     farm.process.wait(20)
 
 
-def _cpu_s(process: psutil.Process) -> float:
+def cpu_s(process: psutil.Process) -> float:
+    """CPU seconds that a process has used; none if it is gone."""
     with suppress(psutil.Error):
         times = process.cpu_times()
         return float(times.user + times.system)

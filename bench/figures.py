@@ -3,14 +3,14 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copytree, rmtree
 from statistics import median
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,8 @@ from bench.farm import DEMO, Farm, running, start, stop
 from config_db.catalog import spec_of_directory
 from config_db.spec import ModelSpec
 
+One = TypeVar("One")
+Other = TypeVar("Other")
 FP32 = "bench/fp32"
 EVICTED_MODELS, ROOM_FOR = 12, 6
 SPARE = 1.02
@@ -76,18 +78,12 @@ def busy_core_ratio(effort: Effort) -> Measured:
     measured = Measured()
     with running() as farm:
         _warm(farm)
-        for _ in range(effort.rounds):
-            quiet = farm.load(64, 1, effort.seconds)["texts_s"]
-            foreign = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            try:
-                busy = farm.load(64, 1, effort.seconds)
-            finally:
-                foreign.kill()
-                foreign.wait()
-            measured.samples.append(busy["texts_s"] / quiet)
-        measured.note(
-            f"{farm.precision()}; last round: {busy['texts_s']:.0f} of {quiet:.0f} texts/s; busy, ms: {_shares(busy)}"
-        )
+        for busy, quiet in _in_turns(
+            effort, lambda: _beside_a_busy_core(farm, effort), lambda: farm.load(64, 1, effort.seconds)
+        ):
+            measured.samples.append(busy["texts_s"] / quiet["texts_s"])
+        rates = f"{busy['texts_s']:.0f} of {quiet['texts_s']:.0f} texts/s"
+        measured.note(f"{farm.precision()}; last round: {rates}; busy, ms: {_shares(busy)}")
     return measured
 
 
@@ -130,14 +126,15 @@ def evict12_ratio(effort: Effort) -> Measured:
         tight = stack.enter_context(running("--no-demo", "--hosts", "2", *words, FARMHAND_DEVICE_MEMORY=memory))
         for farm in (roomy, tight):
             farm.load(16, 32, 4 * effort.seconds, "short", *models)
-        for _ in range(effort.rounds):
-            whole = roomy.load(16, 32, effort.seconds, "short", *models)
-            less = tight.load(16, 32, effort.seconds, "short", *models)
+        for less, whole in _in_turns(
+            effort,
+            lambda: tight.load(16, 32, effort.seconds, "short", *models),
+            lambda: roomy.load(16, 32, effort.seconds, "short", *models),
+        ):
             measured.samples.append(less["texts_s"] / whole["texts_s"])
-        measured.note(
-            f"{roomy.precision()}; last round: {less['texts_s']:.0f} of {whole['texts_s']:.0f} texts/s; "
-            f"with eviction, ms: {_shares(less)}"
-        )
+        rates = f"{less['texts_s']:.0f} of {whole['texts_s']:.0f} texts/s"
+        measured.note(f"{roomy.precision()}; last round: {rates}; with eviction, ms: {_shares(less)}")
+        measured.note(f"all resident, ms: {_shares(whole)}")
         ones = [farm.load(16, 1, effort.seconds, "short", *models)["texts_s"] for farm in (tight, roomy)]
         measured.note(f"1 text a request: {ones[0]:.0f} of {ones[1]:.0f} texts/s, {ones[0] / ones[1]:.2f}")
     return measured
@@ -204,9 +201,11 @@ def _ratio(effort: Effort, model: str, kind: str, *, callers: int, count: int) -
         _warm(farm, model)
         precision = "float32" if model == FP32 else farm.precision()
         ceiling = stack.enter_context(ceilings(precision))
-        for _ in range(effort.rounds):
-            top = ceiling.run(kind, effort.seconds)
-            seen = farm.load(callers, count, effort.seconds, kind, model)
+        for seen, top in _in_turns(
+            effort,
+            lambda: farm.load(callers, count, effort.seconds, kind, model),
+            lambda: ceiling.run(kind, effort.seconds),
+        ):
             measured.samples.append(seen["texts_s"] / top)
         rates = f"farm {seen['texts_s']:.0f}, ceiling {top:.0f} texts/s"
         measured.note(f"{precision}; last round: {rates}; ms: {_shares(seen)}")
@@ -214,8 +213,31 @@ def _ratio(effort: Effort, model: str, kind: str, *, callers: int, count: int) -
     return measured
 
 
+def _in_turns(effort: Effort, one: Callable[[], One], other: Callable[[], Other]) -> Iterator[tuple[One, Other]]:
+    """Both in every round; each goes first in every second one, so that neither gains by its place."""
+    for place in range(effort.rounds):
+        if place % 2:
+            first = one()
+            yield first, other()
+        else:
+            second = other()
+            yield one(), second
+
+
+def _beside_a_busy_core(farm: Farm, effort: Effort) -> dict[str, Any]:
+    """A load of 64 x 1 while a foreign process does nothing but use a core."""
+    foreign = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        return farm.load(64, 1, effort.seconds)
+    finally:
+        foreign.kill()
+        foreign.wait()
+
+
 def _library(ceiling: Ceilings, effort: Effort) -> str:
-    return f"SentenceTransformer.encode, float32, batches of 32: {ceiling.run('library', effort.seconds):.0f} texts/s"
+    return (
+        f"SentenceTransformer.encode, float32, short texts by 32: {ceiling.run('library', effort.seconds):.0f} texts/s"
+    )
 
 
 def _warm(farm: Farm, model: str = DEMO) -> None:
@@ -228,7 +250,12 @@ def _fp32() -> ModelSpec:
 
 
 def _shares(seen: dict[str, Any]) -> str:
-    return ", ".join(f"{role} {used:.2f}" for role, used in sorted(seen["cpu_ms"].items()) if used >= 0.005)
+    return shares(seen["cpu_ms"])
+
+
+def shares(cpu_ms: Mapping[str, float]) -> str:
+    """CPU milliseconds a request by role, as a line."""
+    return ", ".join(f"{role} {used:.3g}" for role, used in sorted(cpu_ms.items()) if used >= 0.005)
 
 
 def _model_bytes(precision: str) -> int:
