@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import figures
+from bench import config, figures
+from bench.apply import apply1000_s
 from bench.drain import drain_msgs_per_s
 from bench.figures import Effort, Figure, Measured, spread
 
@@ -29,6 +30,10 @@ FIGURES: dict[str, tuple[Figure, float | None, float | None]] = {
     "start_s": (figures.start_s, 15, 8),
     "farm_idle_mb": (figures.farm_idle_mb, 1600, 1100),
     "growth": (figures.growth, None, None),
+    "epoch_poll_cpu_ms": (config.epoch_poll_cpu_ms, 1.0, 0.3),
+    "delta_p99_ms": (config.delta_p99_ms, 200, 100),
+    "resolve_us": (config.resolve_us, 20, 1),
+    "apply1000_s": (apply1000_s, 10, 3),
 }
 """Name, function, what is to be reached, and what would delight; the better direction is the stretch's."""
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.ceilings import Ceilings, ceilings, demo_folder
 from bench.farm import DEMO, Farm, running, start, stop
-from config_db.catalog import spec_of_directory
+from config_db.model_folders import spec_of_directory
 from config_db.spec import ModelSpec
 
 One = TypeVar("One")

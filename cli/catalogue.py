@@ -1,26 +1,29 @@
 """Which models a farm of one machine starts with: the catalogue's files, directories given by hand, the demo model."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from sqlalchemy import select
-from sqlalchemy.orm import Session
 
+from cli.database import reading, writing
 from cli.demo import DEMO_MODEL, demo_directory
-from common.errors import SetupError
-from config_db.catalog import apply_models, spec_of_directory
-from config_db.engine import open_engine, ping, transaction
-from config_db.schema import ModelRow
-from config_db.spec import ModelSpec
+from common.errors import ModelNotFoundError, SetupError
+from config_db.catalog import apply_models
+from config_db.model_folders import spec_of_directory
+from config_db.publish import live
+from config_db.rows import read_rows
+from config_db.spec import ModelSpec, Placement
 
 ACTOR: Final = "farmhand"
 
 
 def demo_spec() -> ModelSpec:
     """The demo model as a local directory, loaded before the first request."""
-    return msgspec.structs.replace(spec_of_directory(demo_directory(), model_id=DEMO_MODEL), preload=True)
+    return msgspec.structs.replace(
+        spec_of_directory(demo_directory(), model_id=DEMO_MODEL), placement=Placement(preload=True)
+    )
 
 
 def specs_of_directories(directories: Sequence[Path]) -> list[ModelSpec]:
@@ -36,21 +39,26 @@ def specs_of_directories(directories: Sequence[Path]) -> list[ModelSpec]:
 
 def publish(database_url: str, specs: Sequence[ModelSpec], *, reason: str, prune: bool = False) -> int:
     """Make the config DB say so, and return its epoch."""
-    engine = open_engine(database_url)
-    try:
-        with transaction(engine) as session:
-            return apply_models(session, specs, actor=ACTOR, reason=reason, prune=prune)
-    finally:
-        engine.dispose()
+    with writing(database_url) as session:
+        return apply_models(session, specs, actor=ACTOR, reason=reason, prune=prune)
 
 
 def published(database_url: str) -> list[ModelSpec]:
     """The models the config DB serves, by id; SetupError if it does not answer."""
-    engine = open_engine(database_url)
-    try:
-        ping(engine)
-        with Session(engine) as session:
-            rows = session.scalars(select(ModelRow).where(ModelRow.deleted_at.is_(None)).order_by(ModelRow.id))
-            return [msgspec.convert(row.spec, ModelSpec) for row in rows]
-    finally:
-        engine.dispose()
+    with reading(database_url) as session:
+        return list(read_rows(ModelSpec, live(session, "model")).values())
+
+
+def find(database_url: str, name: str) -> ModelSpec:
+    """The model of this id or alias.
+
+    Raises:
+        ModelNotFoundError: there is none; names the nearest.
+    """
+    specs = {spec.id: spec for spec in published(database_url)}
+    names = {alias: spec.id for spec in specs.values() for alias in spec.aliases} | {one: one for one in specs}
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, 3, 0.6)
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        raise ModelNotFoundError(f"there is no model {name!r}{hint}", param="model", details={"nearest": nearest})
+    return specs[names[name]]

@@ -2,15 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from cli import config, local_farm
+from cli.config import DataDir
 from cli.screen import Screen
 from common.errors import FarmError, SetupError
-
-if TYPE_CHECKING:
-    from config_db.spec import Source
 
 app = typer.Typer(
     help="Serves embedding models: one API, one queue, shared devices.",
@@ -18,9 +17,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config = typer.Typer(help="The config DB: what is served.", no_args_is_help=True)
 letters = typer.Typer(help="Messages the farm has given up.", no_args_is_help=True)
-app.add_typer(config, name="config")
+app.add_typer(config.app, name="config")
 app.add_typer(letters, name="dead-letters")
 
 PORT = {"min": 1, "max": 65535}
@@ -62,44 +60,30 @@ def up(
 
 
 @app.command()
-def models() -> None:
+def models(data_dir: DataDir = local_farm.DATA_DIR) -> None:
     """List what is served."""
     from cli import catalogue
 
-    specs = catalogue.published(_database_url())
-    rows = [(spec.id, spec.family, ",".join(spec.operations), _source(spec.source)) for spec in specs]
+    specs = catalogue.published(local_farm.database_url(data_dir))
+    rows = [(spec.id, spec.family, ",".join(spec.operations), str(spec.source)) for spec in specs]
     Screen().table(("model", "family", "operations", "source"), rows)
 
 
 @app.command()
-def migrate() -> None:
+def migrate(data_dir: DataDir = local_farm.DATA_DIR) -> None:
     """Bring the config DB to the newest schema."""
     from config_db.migrate import migrate as run_migrations
 
-    run_migrations(_database_url())
+    run_migrations(local_farm.database_url(data_dir))
     Screen().say("the config DB is at the newest schema")
 
 
-@config.command("apply")
-def apply(
-    directory: Annotated[Path, typer.Argument(help="a directory of YAML files, as catalog/")],
-    prune: Annotated[bool, typer.Option("--prune", help="also stop serving what the files do not name")] = False,
-) -> None:
-    """Make the config DB say what the files say."""
-    from cli import catalogue
-    from config_db.catalog import read_catalog
-
-    specs = read_catalog(directory)
-    epoch = catalogue.publish(_database_url(), specs, reason=f"config apply {directory.name}", prune=prune)
-    Screen().say(f"{len(specs)} models at epoch {epoch}")
-
-
 @letters.command("list")
-def list_letters() -> None:
+def list_letters(data_dir: DataDir = local_farm.DATA_DIR) -> None:
     """Show them, newest first."""
     from cli.dead_letters import DeadLetterBox
 
-    with DeadLetterBox(_redis_url()) as box:
+    with DeadLetterBox(local_farm.redis_url(data_dir)) as box:
         rows = [
             (str(number), letter.at or "-", letter.reason or "-", letter.queue or "-", letter.task_id or "-")
             for number, letter in enumerate(box.letters(), start=1)
@@ -111,6 +95,7 @@ def list_letters() -> None:
 def replay(
     task_id: Annotated[list[str] | None, typer.Argument(help="which; as listed")] = None,
     every: Annotated[bool, typer.Option("--all", help="all of them")] = False,
+    data_dir: DataDir = local_farm.DATA_DIR,
 ) -> None:
     """Put messages back into their queues."""
     from cli.dead_letters import DeadLetterBox
@@ -118,7 +103,7 @@ def replay(
     wanted = set(task_id or ())
     if bool(wanted) == every:
         raise SetupError("name the tasks to replay, or --all")
-    with DeadLetterBox(_redis_url()) as box:
+    with DeadLetterBox(local_farm.redis_url(data_dir)) as box:
         chosen = [letter for letter in box.letters() if every or letter.task_id in wanted]
         missing = wanted - {letter.task_id for letter in chosen}
         if missing:
@@ -145,22 +130,6 @@ def _hosts(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"{text!r} is neither a number from 1 nor auto", param_hint="--hosts")
     return int(text)
-
-
-def _source(source: "Source") -> str:
-    return source.path or f"hub:{source.hub}@{source.revision or 'main'}"
-
-
-def _database_url() -> str:
-    from common.settings import CommonSettings, load_settings
-
-    return load_settings(CommonSettings).database_url
-
-
-def _redis_url() -> str:
-    from common.settings import CommonSettings, load_settings
-
-    return load_settings(CommonSettings).redis_url
 
 
 if __name__ == "__main__":

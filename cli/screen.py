@@ -18,6 +18,10 @@ class Screen:
         """One line."""
         self._out.print(Text(line, style=style))
 
+    def write(self, text: str) -> None:
+        """Text for a file or another program, exactly as it is."""
+        self._out.file.write(text)
+
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Columns under titles on a terminal; elsewhere one line a row, tabs between, for other programs."""
         if not self._out.is_terminal:

@@ -9,6 +9,10 @@ FarmError                      INTERNAL_ERROR
 |  +- MediaTypeError           UNSUPPORTED_MEDIA_TYPE
 |  +- InputTooLongError        INPUT_TOO_LONG         one input is longer than the model takes
 |  +- BodyTooLargeError        INPUT_TOO_LONG         the whole body is over the limit
+|  +- ConfigError              INVALID_CONFIG         a document is no valid config; ``param`` names its field
+|  |  +- DocumentError         INVALID_CONFIG         it cannot even be read as YAML or JSON
+|  +- IdempotencyError         IDEMPOTENCY_MISMATCH   the idempotency key was used for something else
+|  +- ModelUnsupportedError    MODEL_UNSUPPORTED      the model is known, but this release has no code that runs it
 +- CapacityError               RESOURCE_EXHAUSTED     try again after ``retry_after_s``
 |  +- QueueFullError           QUEUE_FULL
 |  +- ResidencyFullError       RESOURCE_EXHAUSTED     every resident model is leased, or the model cannot fit
@@ -21,6 +25,7 @@ FarmError                      INTERNAL_ERROR
 +- DeadlineExceededError       DEADLINE_EXCEEDED
 +- CancelledError              CANCELLED
 +- EpochConflictError          EPOCH_CONFLICT
++- ContentConflictError        CONTENT_CONFLICT       what was to be added is there already, and differs
 +- MessageError                MESSAGE_REFUSED        a queue message that is not ours or is damaged
 +- HostLostError               INFERENCE_ERROR        the model process died (segfault, kill, hang)
 +- SetupError                  SETUP_FAILED           the farm cannot start; one clear line for the operator
@@ -112,6 +117,28 @@ class BodyTooLargeError(InputTooLongError):
     """The whole request body is over the limit."""
 
 
+class ConfigError(RequestError):
+    """A document that is no valid config."""
+
+    code = "INVALID_CONFIG"
+
+
+class DocumentError(ConfigError):
+    """A document that cannot be read as YAML or JSON, or not safely."""
+
+
+class IdempotencyError(RequestError):
+    """The idempotency key was used for another request before."""
+
+    code = "IDEMPOTENCY_MISMATCH"
+
+
+class ModelUnsupportedError(RequestError):
+    """The model is known and cannot be served; the message says why."""
+
+    code = "MODEL_UNSUPPORTED"
+
+
 class CapacityError(FarmError):
     """The farm cannot take this now; a later try may succeed."""
 
@@ -189,6 +216,12 @@ class EpochConflictError(FarmError):
     """The config DB is not at the epoch the writer expected."""
 
     code = "EPOCH_CONFLICT"
+
+
+class ContentConflictError(FarmError):
+    """What was to be added is there already with other content; ``details["differences"]`` says where."""
+
+    code = "CONTENT_CONFLICT"
 
 
 class MessageError(FarmError):

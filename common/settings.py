@@ -32,7 +32,14 @@ class CommonSettings(BaseSettings):
     pool: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]*$")
     machine_profile: str = Field("cpu", pattern=r"^[a-z0-9][a-z0-9-]*$")
     result_ttl_s: int = Field(3600, gt=0, description="how long asynchronous results are kept")
+    extra_families: str = Field("", description="further families, as name=module:Class, comma-separated")
     fault: str = Field("", description="tests only: name of the fault point at which this process kills itself")
+
+    @property
+    def family_places(self) -> dict[str, str]:
+        """The further families: where their code is, as ``module:Class``, by name."""
+        pairs = (entry.partition("=") for entry in self.extra_families.split(",") if entry.strip())
+        return {name.strip(): place.strip() for name, _, place in pairs}
 
 
 class WebSettings(CommonSettings):
@@ -58,7 +65,6 @@ class WorkerSettings(CommonSettings):
     device_fraction: float = Field(0.85, gt=0, le=1, description="share of the measured memory that models may hold")
     model_dirs: str = Field("", description="colon-separated roots under which local model directories are allowed")
     hub_cache: Path | None = Field(None, description="where Hub downloads are kept; unset: huggingface_hub's default")
-    extra_families: str = Field("", description="further families, as name=module:Class, comma-separated")
     preload_families: str = Field("dense", description="families imported before hosts start, comma-separated")
     torch_threads: int = Field(1, gt=0, description="threads of one host's forward pass on CPU")
     cuda_visible_devices: str | None = Field(None, validation_alias="CUDA_VISIBLE_DEVICES")

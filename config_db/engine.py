@@ -1,10 +1,12 @@
 """Connections to the config DB."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from datetime import UTC, datetime
+from typing import Any, Final
 
-from sqlalchemy import Engine, create_engine, make_url, text
+from psycopg.conninfo import make_conninfo
+from sqlalchemy import Engine, create_engine, func, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -14,6 +16,14 @@ CONNECT_TIMEOUT_S: Final = 3
 SILENCE_S: Final = 10
 """A connection whose other end has vanished (power cut, partition) is given up after about this long."""
 RETRY_AFTER_S: Final = 5.0
+_CONNECTING: Final[Mapping[str, Any]] = {
+    "connect_timeout": CONNECT_TIMEOUT_S,
+    "application_name": "farmhand",
+    "keepalives_idle": SILENCE_S // 2,
+    "keepalives_interval": 1,
+    "keepalives_count": SILENCE_S // 2,
+    "tcp_user_timeout": SILENCE_S * 1000,
+}
 
 
 def open_engine(database_url: str) -> Engine:
@@ -33,15 +43,16 @@ def open_engine(database_url: str) -> Engine:
         pool_size=1,
         max_overflow=2,
         pool_pre_ping=True,
-        connect_args={
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "application_name": "farmhand",
-            "keepalives_idle": SILENCE_S // 2,
-            "keepalives_interval": 1,
-            "keepalives_count": SILENCE_S // 2,
-            "tcp_user_timeout": SILENCE_S * 1000,
-        },
+        # nothing is prepared: behind a pooler, the next transaction may find itself on another connection
+        connect_args={**_CONNECTING, "prepare_threshold": None},
     )
+
+
+def conninfo(engine: Engine) -> str:
+    """How the driver itself is told to make a connection as this engine makes its own."""
+    _, options = engine.dialect.create_connect_args(engine.url)
+    said = {name: value for name, value in options.items() if isinstance(value, (str, int))}  # no Python objects
+    return make_conninfo(**{**said, **_CONNECTING})
 
 
 def ping(engine: Engine) -> None:
@@ -72,6 +83,12 @@ def transaction(engine: Engine) -> Iterator[Session]:
             raise
         message = f"the config DB does not answer, so nothing can be changed: {reason(error)}"
         raise ConfigUnavailableError(message, retry_after_s=RETRY_AFTER_S) from error
+
+
+def time_now(session: Session) -> datetime:
+    """The instant by PostgreSQL's clock, the one that all writers share."""
+    now: datetime = session.execute(select(func.clock_timestamp())).scalar_one()
+    return now.astimezone(UTC)
 
 
 def is_away(error: Exception) -> bool:

@@ -1,16 +1,21 @@
-"""The tables of the config DB: what is served, as of which epoch, and who changed it.
+"""The tables of the config DB: what is served, to whom, as of which epoch, and who changed it.
 
 Every row that readers fetch carries the epoch it was last changed at, so that they ask only for newer ones; a deleted
 row stays as a tombstone until readers have surely seen it.
 """
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, Literal
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Identity, Index, MetaData, func
+from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Identity, Index, LargeBinary, MetaData, func
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+Kind = Literal["model", "pool", "tenant", "key", "setting"]
+Origin = Literal["filesystem", "api", "auto"]
 
 _NAMES = {
     "ix": "ix_%(column_0_label)s",
@@ -53,15 +58,50 @@ class EpochRow(Table):
     raised_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=func.now())
 
 
-class ModelRow(Table):
-    """One model. ``spec`` is a ``config_db.spec.ModelSpec`` as JSON; ``deleted_at`` makes it a tombstone."""
-
-    __tablename__ = "models"
+class ConfigRow:
+    """What rows of every kind have. ``spec`` is their content as JSON; ``deleted_at`` makes one a tombstone."""
 
     id: Mapped[str] = mapped_column(primary_key=True)
     spec: Mapped[dict[str, Any]] = mapped_column(JSONB)
     epoch: Mapped[int] = mapped_column(BigInteger, index=True)
     deleted_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+
+class ModelRow(ConfigRow, Table):
+    """One model; ``spec`` is a ``config_db.spec.ModelSpec``. ``origin`` says how it came here."""
+
+    __tablename__ = "models"
+
+    origin: Mapped[str] = mapped_column(server_default="filesystem")
+
+
+class PoolRow(ConfigRow, Table):
+    """Workers set aside under a name; ``spec`` is a ``config_db.access.PoolSpec``."""
+
+    __tablename__ = "pools"
+
+
+class TenantRow(ConfigRow, Table):
+    """One tenant; ``spec`` is a ``config_db.access.TenantSpec``."""
+
+    __tablename__ = "tenants"
+
+
+class KeyRow(ConfigRow, Table):
+    """One API key; ``spec`` is a ``config_db.access.KeySpec``, which holds a hash of the key and never the key."""
+
+    __tablename__ = "api_keys"
+
+
+class SettingRow(ConfigRow, Table):
+    """One setting of the whole farm; ``id`` is its name, as ``catalog.allow``."""
+
+    __tablename__ = "settings"
+
+
+ROWS: Final[Mapping[Kind, type[ModelRow | PoolRow | TenantRow | KeyRow | SettingRow]]] = MappingProxyType(
+    {"model": ModelRow, "pool": PoolRow, "tenant": TenantRow, "key": KeyRow, "setting": SettingRow}
+)
 
 
 class HistoryRow(Table):
@@ -74,5 +114,21 @@ class HistoryRow(Table):
     epoch: Mapped[int] = mapped_column(BigInteger, ForeignKey("epochs.number"), index=True)
     kind: Mapped[str]
     name: Mapped[str]
-    before: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
-    after: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+
+
+class IdempotencyRow(Table):
+    """The answer to a config write that named an idempotency key, so that the same write again is answered alike.
+
+    ``scope`` is who wrote; ``request`` the SHA-256 of what was written. ``status`` and ``answer`` are the HTTP answer.
+    """
+
+    __tablename__ = "idempotency"
+
+    scope: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request: Mapped[bytes] = mapped_column(LargeBinary)
+    status: Mapped[int]
+    answer: Mapped[bytes] = mapped_column(LargeBinary)
+    at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=func.now(), index=True)

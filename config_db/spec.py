@@ -1,63 +1,285 @@
 """What a model is: one validated, immutable spec. Its digest names it everywhere a model must not be mixed up."""
 
 import hashlib
-from functools import cached_property
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Mapping
+from functools import cache, cached_property
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
+from config_db.field_paths import below
+
 Operation = Literal["encode", "score", "extract"]
 Output = Literal["dense", "sparse", "multivector", "score", "json"]
+Input = Literal["text", "image", "audio", "video", "document"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Pooling = Literal["mean", "cls", "max", "last", "mean_sqrt_len"]
-ModelId = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._/-]*$", max_length=200)]
+Tier = Literal["device", "memory", "disk"]
+LatencyClass = Literal["interactive", "standard", "batch", "experiment"]
+WeightsFormat = Literal["safetensors", "pickle"]
+
+END: Final = r"$(?!\n)"
+"""The end of a text in the patterns of Python and of JSON Schema; Python's ``$`` alone lets a line end slip by."""
+MODEL_ID: Final = r"^[a-zA-Z0-9][a-zA-Z0-9._/-]*" + END
+MAX_ID: Final = 200
+MAX_PARTS: Final = 100
+"""A model has at most so many profiles, adapters and aliases: each profile is a model of its own to whoever reads."""
+ModelId = Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=MAX_ID)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*" + END, max_length=64)]
+MachineProfile = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]*" + END, max_length=64)]
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
+Text = Annotated[str, msgspec.Meta(max_length=10_000)]
+
+_SERVED_ID: Final = r"^[a-zA-Z0-9][a-zA-Z0-9._/-]*(:[a-zA-Z0-9][a-zA-Z0-9._-]*)?" + END
+"""A model's id, or that of one of its profiles, which only ``with_profile`` makes: the config DB takes no colon."""
+DEFAULT_PROFILE: Final = "default"
+_RESERVED_END: Final = re.compile(r"(^|/)status$")
+
+_SERVED_ONLY: Final = frozenset(
+    ("aliases", "description", "profiles", "adapters", "limits", "placement", "access", "unsupported")
+)
+"""Fields of a model that decide neither how it loads nor what it answers."""
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where the weights come from: a Hub repository at a revision, or a directory under an allowed root."""
+class FieldError(ValueError):
+    """What the types let through and a spec does not; ``field`` is its path in the part that refuses it."""
 
-    hub: str | None = None
-    revision: str | None = None
-    path: str | None = None
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Bounds of one model. ``timeout_s`` is the deadline of a synchronous request that names none."""
-
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
-    max_items: Annotated[int, msgspec.Meta(gt=0)] | None = None
-    max_batch_tokens: Annotated[int, msgspec.Meta(gt=0)] | None = None
-    max_concurrency: Annotated[int, msgspec.Meta(gt=0)] | None = None
+    def __init__(self, field: str, what: str) -> None:
+        super().__init__(what)
+        self.field = field
 
 
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, dict=True):
-    """One model as the config DB names it.
+class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What all parts of a spec have in common."""
 
-    ``None`` means: as the model's own files say. ``family`` names the code that runs it (``workers.host.families``).
-    ``dims`` holds the width of each output, in numbers. ``options`` are a family's own load-time options.
+
+class Source(_Part, frozen=True, kw_only=True):
+    """Where weights come from: a Hub repository at a revision, a bucket URI, or a directory under an allowed root."""
+
+    hub: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=MAX_ID)] | None = None
+    revision: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=100)] | None = None
+    bucket: Annotated[str, msgspec.Meta(pattern=r"^s3://[^/\s]+(/[^\n]*)?" + END, max_length=1000)] | None = None
+    path: Annotated[str, msgspec.Meta(min_length=1, max_length=1000)] | None = None
+
+    def __post_init__(self) -> None:
+        """FieldError unless exactly one place is named, and a revision only with a Hub repository."""
+        if sum(place is not None for place in (self.hub, self.bucket, self.path)) != 1:
+            raise FieldError("", "a source names exactly one of hub, bucket and path")
+        if self.revision is not None and self.hub is None:
+            raise FieldError("revision", "a revision is of a hub repository")
+        for field, place in (("hub", self.hub), ("revision", self.revision), ("bucket", self.bucket)):
+            if place is not None and ".." in place:
+                raise FieldError(field, "a source holds no '..'")
+
+    def __str__(self) -> str:
+        """As a person reads it."""
+        return self.path or self.bucket or f"hub:{self.hub}@{self.revision or 'main'}"
+
+
+class Limits(_Part, frozen=True, kw_only=True):
+    """Bounds of one model.
+
+    ``max_concurrency`` counts micro-batches at once in one worker, ``queue_limit`` requests waiting on the whole farm;
+    ``timeout_s`` is the deadline of a synchronous request that names none.
     """
 
-    id: ModelId
-    family: str
+    max_concurrency: Positive | None = None
+    queue_limit: Positive | None = None
+    timeout_s: PositiveSeconds | None = None
+    max_items: Positive | None = None
+    max_batch_tokens: Positive | None = None
+
+
+class Placement(_Part, frozen=True, kw_only=True):
+    """Where a model may run, and how close its weights are kept.
+
+    ``tier`` is the furthest place its weights fall back to when the device needs room. ``pinned``: never evicted once
+    loaded. ``preload``: loaded before anyone asks. ``sharing``: may share a device with other models.
+    ``tenants`` reserve it to the pools of these; no ``machine_profiles``: any.
+    """
+
+    tier: Tier = "disk"
+    latency_class: LatencyClass | None = None
+    sharing: bool = True
+    tenants: tuple[Name, ...] = ()
+    machine_profiles: tuple[MachineProfile, ...] = ()
+    pinned: bool = False
+    preload: bool = False
+    idle_unload_s: PositiveSeconds | None = None
+
+
+class Access(_Part, frozen=True, kw_only=True):
+    """Who may use a model: these tenants, or everyone if none is named."""
+
+    tenants: tuple[Name, ...] = ()
+
+
+class Trust(_Part, frozen=True, kw_only=True):
+    """What may come with the weights: code of the repository, and file formats that can run code."""
+
+    remote_code: bool = False
+    formats: tuple[WeightsFormat, ...] = ("safetensors",)
+
+
+class Profile(_Part, frozen=True, kw_only=True):
+    """A named variant: what it names replaces what the profile it extends, or the model, says."""
+
+    extends: Name = DEFAULT_PROFILE
+    outputs: tuple[Output, ...] | None = None
+    dims: dict[str, Positive] | None = None
+    max_length: Positive | None = None
+    precision: Precision | None = None
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    prompts: dict[str, Text] | None = None
+    default_prompt: Text | None = None
+    templates: dict[Literal["query", "document"], Text] | None = None
+    default_instruction: Text | None = None
+    options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """FieldError for a template without the text."""
+        _check_templates(self.templates or {})
+
+
+class ModelSpec(_Part, frozen=True, kw_only=True, dict=True):
+    """One model as the config DB names it.
+
+    ``None`` means: as the model's own files say. ``family`` names the code that runs it (``config_db.families``).
+    ``dims`` holds the width of each output, in numbers; ``max_length`` tokens. ``prompts`` are put before a text by
+    name; ``templates`` hold ``{text}`` and may hold ``{instruction}``. ``options`` are a family's own load-time
+    options. ``unsupported`` says why this model cannot be served though it is known.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern=_SERVED_ID, max_length=MAX_ID + 65)]
+    family: Name
     source: Source
+    aliases: Annotated[tuple[ModelId, ...], msgspec.Meta(max_length=MAX_PARTS)] = ()
+    description: Text | None = None
     operations: tuple[Operation, ...] = ("encode",)
     outputs: tuple[Output, ...] = ("dense",)
-    inputs: tuple[str, ...] = ("text",)
-    dims: dict[str, int] = {}
-    max_length: Annotated[int, msgspec.Meta(gt=0)] | None = None
+    inputs: tuple[Input, ...] = ("text",)
+    dims: dict[str, Positive] = {}
+    max_length: Positive | None = None
     precision: Precision = "auto"
     pooling: Pooling | None = None
     normalize: bool | None = None
-    prompts: dict[str, str] = {}
-    default_prompt: str | None = None
-    limits: Limits = Limits()
-    pinned: bool = False
-    preload: bool = False
-    machine_profiles: tuple[str, ...] = ()
+    prompts: dict[str, Text] = {}
+    default_prompt: Text | None = None
+    templates: dict[Literal["query", "document"], Text] = {}
+    default_instruction: Text | None = None
     options: dict[str, Any] = {}
+    profiles: Annotated[dict[Name, Profile], msgspec.Meta(max_length=MAX_PARTS)] = {}
+    adapters: Annotated[dict[Name, Source], msgspec.Meta(max_length=MAX_PARTS)] = {}
+    limits: Limits = Limits()
+    placement: Placement = Placement()
+    access: Access = Access()
+    trust: Trust = Trust()
+    unsupported: Text | None = None
+
+    def __post_init__(self) -> None:
+        """FieldError for what the types alone let through."""
+        check_id("id", self.id)
+        for at, alias in enumerate(self.aliases):
+            check_id(f"aliases[{at}]", alias)
+            if alias == self.id or alias in self.aliases[:at]:
+                raise FieldError(f"aliases[{at}]", f"the alias {alias!r} stands twice, or is the model's own id")
+        if not self.operations:
+            raise FieldError("operations", "a model does at least one operation")
+        if DEFAULT_PROFILE in self.profiles:
+            raise FieldError(f"profiles.{DEFAULT_PROFILE}", "the profile `default` is the model itself")
+        for name in self.profiles:
+            if ".." in name:
+                raise FieldError(below("profiles", name), f"the profile {name!r} makes no plain id: it holds '..'")
+            self._check_chain(name)
+        _check_templates(self.templates)
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits of SHA-256 over the canonical JSON: equal specs, equal digest, in every process."""
-        canonical = msgspec.json.encode(self, order="deterministic")
+        """16 hex digits of SHA-256 over what decides how the model loads and what it answers, as canonical JSON.
+
+        Limits, placement, access, aliases, further profiles and adapters are left out: changing them reloads nothing.
+        """
+        loaded = {field: value for field, value in plain(self).items() if field not in _SERVED_ONLY}
+        canonical = msgspec.json.encode(loaded, order="deterministic")
         return hashlib.sha256(canonical).hexdigest()[:16]
+
+    def with_profile(self, name: str) -> "ModelSpec":
+        """The spec of a profile, under the id ``<model>:<profile>``; KeyError if there is none of this name."""
+        if name == DEFAULT_PROFILE:
+            return self
+        changes: dict[str, Any] = {}
+        for link in reversed(self._chain(name)):
+            given = msgspec.structs.asdict(self.profiles[link])
+            del given["extends"]
+            changes.update((field, value) for field, value in given.items() if value is not None)
+        return msgspec.structs.replace(self, id=f"{self.id}:{name}", profiles={}, aliases=(), **changes)
+
+    @cached_property
+    def profile_specs(self) -> "tuple[ModelSpec, ...]":
+        """The specs of its profiles, each served beside the model under an id of its own."""
+        return tuple(self.with_profile(name) for name in self.profiles)
+
+    def _chain(self, name: str) -> list[str]:
+        """A profile and what it extends, down to the model itself, which is left out."""
+        chain = []
+        while name != DEFAULT_PROFILE:
+            chain.append(name)
+            name = self.profiles[name].extends
+        return chain
+
+    def _check_chain(self, name: str) -> None:
+        seen = [name]
+        while (extended := self.profiles[seen[-1]].extends) != DEFAULT_PROFILE:
+            field = f"{below('profiles', seen[-1])}.extends"
+            if extended in seen:
+                circle = " -> ".join([*seen[seen.index(extended) :], extended])
+                raise FieldError(field, f"profiles extend each other in a circle: {circle}")
+            if extended not in self.profiles:
+                raise FieldError(field, f"profile `{seen[-1]}` extends `{extended}`, which there is none of")
+            seen.append(extended)
+
+
+def plain(part: msgspec.Struct) -> dict[str, Any]:
+    """A spec, or a part of one, as plain JSON content that leaves out what is as by default.
+
+    Equal specs give equal content, whether their authors wrote the defaults out or not.
+    """
+    content = {}
+    for field in _fields(type(part)):
+        value = getattr(part, field.name)
+        default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        if value != default:
+            content[field.name] = _plain(value)
+    return content
+
+
+@cache
+def _fields(kind: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(kind)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        return plain(value)
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return msgspec.to_builtins(value)
+
+
+def check_id(field: str, name: str) -> None:
+    """FieldError for an id that has the letters of one and still cannot be a model's."""
+    if ".." in name or "//" in name or name.endswith("/"):
+        raise FieldError(field, f"the id {name!r} is no plain path: it holds '..' or an empty part")
+    if _RESERVED_END.search(name):
+        raise FieldError(field, f"the id {name!r} ends in 'status', which is a route of the API")
+
+
+def _check_templates(templates: Mapping[Literal["query", "document"], str]) -> None:
+    for name, template in templates.items():
+        if "{text}" not in template:
+            raise FieldError(f"templates.{name}", f"the template `{name}` has no {{text}}")

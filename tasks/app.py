@@ -38,6 +38,7 @@ def build_app(
         broker_transport_options=dict(transport.connection_options()),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,
         broker_heartbeat=0,
         task_queues=[Queue(queue, routing_key=queue, no_declare=True) for queue in queues],
         task_default_queue=queues[1],

@@ -28,13 +28,19 @@ TASK_NAMES: dict[Operation, str] = {operation: f"farm.{operation}" for operation
 
 QUEUE_PREFIX = "farm."
 OPEN = "farm:open"
-"""Sorted set of admitted task ids without an outcome, scored by deadline + 60 s (farm clock)."""
+"""Sorted set of open tasks: ids of admitted tasks without an outcome.
+
+The score is an instant on the farm clock, in seconds: the deadline and 60 s in which those who hold the task, or wait
+for it, are to settle it. Once it lies a minute back, anybody may close the task (``close_overdue.lua``).
+"""
 CANCELLED = "farm:cancelled"
-"""Sorted set of cancelled task ids whose message may still be queued, scored by when to forget them."""
+"""Sorted set of settled task ids whose message may still be queued, scored by when to forget them (farm clock)."""
 LOST = "farm:lost"
 """Hash from message digest to the number of incarnations lost while that message was running."""
 INCARNATIONS = "farm:incarnations"
 """Hash from incarnation to a JSON description of its process."""
+WEB_PROCESSES = "farm:web"
+"""Hash from web process to a JSON description of it and of when it told so; it counts for ten seconds."""
 DEAD_LETTERS = "farm:dead"
 """List of messages given up: JSON lines with the raw message, the queue, the reason and the instant."""
 SELF_TEST_QUEUE = "farm.self-test.{incarnation}"
@@ -78,7 +84,7 @@ def started(incarnation: str) -> str:
 
 
 def task_record(task_id: str) -> str:
-    """Hash that says an asynchronous task exists: state, model, operation, submitted."""
+    """Hash that says an asynchronous task exists: state, model, operation, and the instants submitted and deadline."""
     return f"farm:task:{task_id}"
 
 

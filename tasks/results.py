@@ -13,8 +13,10 @@ from typing import Any, Final
 
 import redis
 
+from common.errors import QueueUnavailableError
 from common.logs import get_logger
 from tasks import names
+from tasks.publisher import RETRY_AFTER_S
 from tasks.redis_line import connection_options
 
 log = get_logger("tasks")
@@ -29,14 +31,26 @@ class Watch:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._is_closed = False
 
     def wait(self, timeout_s: float) -> None:
-        """Return when the task may have ended, and at the latest after ``timeout_s`` or a few seconds."""
+        """Return when the task may have ended, and at the latest after ``timeout_s`` or a few seconds.
+
+        Raises:
+            QueueUnavailableError: the watcher was closed: nobody will hear of the end.
+        """
         self._event.wait(min(timeout_s, LOOK_AGAIN_S))
+        if self._is_closed:
+            raise _closed()
         self._event.clear()
 
     def wake(self) -> None:
         """The task may have ended."""
+        self._event.set()
+
+    def close(self) -> None:
+        """Nobody will hear of the task's end any more."""
+        self._is_closed = True
         self._event.set()
 
 
@@ -49,12 +63,19 @@ class ResultWatcher:
         self._watches: dict[bytes, list[Watch]] = defaultdict(list)
         self._pubsub: Any = None
         self._thread: threading.Thread | None = None
+        self._is_closed = False
 
     @contextmanager
     def watching(self, task_id: str) -> Iterator[Watch]:
-        """Be woken when the task ends, for the length of the block."""
+        """Be woken when the task ends, for the length of the block.
+
+        Raises:
+            QueueUnavailableError: the watcher is closed.
+        """
         channel, watch = names.celery_meta(task_id).encode(), Watch()
         with self._lock:
+            if self._is_closed:
+                raise _closed()
             self._watches[channel].append(watch)
             self._subscribe(channel)
             if self._thread is None:
@@ -70,11 +91,12 @@ class ResultWatcher:
                     self._unsubscribe(channel)
 
     def close(self) -> None:
-        """Wake everybody and end."""
+        """End every watch with an error, and refuse further ones; thread and connection go with the last watcher."""
         with self._lock:
-            watches, self._watches = self._watches, defaultdict(list)
-        for watch in [watch for of_task in watches.values() for watch in of_task]:
-            watch.wake()
+            self._is_closed = True
+            for of_task in self._watches.values():
+                for watch in of_task:
+                    watch.close()
 
     def _subscribe(self, channel: bytes) -> None:
         if self._pubsub is not None:
@@ -130,3 +152,7 @@ class ResultWatcher:
             watches = list(self._watches.get(channel, ()))
         for watch in watches:
             watch.wake()
+
+
+def _closed() -> QueueUnavailableError:
+    return QueueUnavailableError("this process has dropped its connections; ask again", retry_after_s=RETRY_AFTER_S)

@@ -9,6 +9,7 @@ fails when those move.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty
 from time import monotonic
@@ -17,7 +18,8 @@ from typing import Any, Final, Protocol
 import orjson
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
-from redis.exceptions import ConnectionError, ResponseError  # noqa: A004 - redis-py's, which is no OSError
+from redis import Redis
+from redis.exceptions import ConnectionError, OutOfMemoryError, ResponseError  # noqa: A004 - redis-py's, which is no OSError
 
 from common.errors import MessageError
 from common.faults import fault
@@ -30,6 +32,7 @@ log = get_logger("tasks")
 _KombuQoS: Any = kombu_redis.QoS  # the stubs know neither their private parts nor what channels carry
 _KombuChannel: Any = kombu_redis.Channel
 _KombuTransport: Any = kombu_redis.Transport
+_RedisClient: Any = Redis
 
 SCHEME: Final = "farm"
 """URLs of this transport are ``farm://host:port/db``: the same Redis, another way of reading from it."""
@@ -61,7 +64,7 @@ class Popped:
 class PopSink(Protocol):
     """What the transport tells the worker."""
 
-    def on_popped(self, messages: Sequence[Popped], *, cancelled: int) -> None:
+    def on_popped(self, *, cancelled: int) -> None:
         """Messages have been taken; they are delivered next. ``cancelled`` ids are known to Redis."""
 
     def on_unreadable(self, message: Popped, error: MessageError) -> None:
@@ -135,7 +138,7 @@ class Drain:
         self.was_full = len(messages) >= wanted
         if messages:
             fault("worker.popped")
-            self.sink.on_popped(messages, cancelled=int(reply[1]))
+            self.sink.on_popped(cancelled=int(reply[1]))
         return messages
 
 
@@ -171,7 +174,18 @@ class FarmQoS(_KombuQoS):
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
         """Nothing becomes visible by time: the janitor returns what dead incarnations held."""
         if self.channel.drain is None:
-            super().restore_visible(*args, **kwargs)
+            with suppress(OutOfMemoryError):  # its lock cannot be taken in a full Redis: the next look comes soon
+                super().restore_visible(*args, **kwargs)
+
+
+class _Client(_RedisClient):
+    """Kombu's pipelines without transactions, which save it round trips and nothing else.
+
+    A full Redis refuses whatever stands in a transaction, even a DEL: no worker could come and empty it.
+    """
+
+    def pipeline(self, transaction: bool = False, shard_hint: Any = None) -> Any:
+        return super().pipeline(transaction, shard_hint)
 
 
 class FarmChannel(_KombuChannel):
@@ -196,6 +210,22 @@ class FarmChannel(_KombuChannel):
         order = {lane: index for index, lane in enumerate(LANES)}
         mine = [queue for queue in self.active_queues if queue.startswith(QUEUE_PREFIX)]
         return sorted(mine, key=lambda queue: order[lane_of(queue)])
+
+    def _get_client(self) -> Any:
+        return _Client
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        """As kombu does; on a full Redis the binding waits for kombu's own timer, which renews it.
+
+        Else no worker could come to a full Redis to empty it. Only control queues are bound, and their messages are
+        delivered by publish and subscribe, which need no binding.
+        """
+        try:
+            super()._queue_bind(exchange, routing_key, pattern, queue)
+        except ResponseError as error:
+            if "maxmemory" not in str(error):
+                raise
+            log.warning("binding_put_off", queue=queue, error=str(error))
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         """Ask for messages: sleep on the bells, then pop, in one packet; without sleeping while pops come back full."""
@@ -246,7 +276,10 @@ class FarmChannel(_KombuChannel):
             reply: Sequence[Any] = connection.read_response(disable_decoding=True)
         except ResponseError as error:
             if not str(error).startswith("NOSCRIPT"):
-                raise
+                # READONLY after a failover, a key of another type: if the sleep was refused, the pop's answer is still
+                # unread, and on whatever connection comes next all may be well
+                connection.disconnect()
+                raise ConnectionError(f"Redis refused the pop: {error}") from error
             self._load_scripts()
             return None
         except self.connection_errors:

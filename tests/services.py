@@ -109,17 +109,17 @@ class RedisServer(_Server):
 
 
 class PostgresServer(_Server):
-    """A PostgreSQL, and in it a migrated template that tests clone."""
+    """A PostgreSQL, and in it a migrated template that tests clone. ``settings`` are further ``name=value``."""
 
     name = "postgres"
     stop_signal = signal.SIGINT
     """Postgres' fast shutdown: it does not wait for clients."""
 
-    def __init__(self) -> None:
+    def __init__(self, *settings: str) -> None:
         super().__init__()
         # as fast as a throw-away database may be
         self._server = servers.PostgresServer(
-            self.directory, self.port, ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+            self.directory, self.port, ("fsync=off", "synchronous_commit=off", "full_page_writes=off", *settings)
         )
         self._server.prepare()
         self.start()

@@ -18,8 +18,9 @@ import orjson
 import redis
 from flask import Flask
 
-from common.errors import FarmError, ModelNotFoundError
+from common.errors import FarmError
 from common.settings import WebSettings, load_settings
+from config_db.snapshot import Snapshot
 from config_db.spec import Limits, ModelSpec, Source
 from tasks import codec, messages, names, scripts
 from tasks.client import FarmClient
@@ -179,25 +180,12 @@ class StandIn:
 
 
 class StaticSnapshots:
-    """What ``config_db.snapshot.SnapshotReader`` is to the web tier, over models given in the test."""
+    """What ``config_db.reader.SnapshotReader`` is to the web tier, over models given in the test."""
 
     is_connected = True
-    epoch = 3
 
     def __init__(self, *specs: ModelSpec) -> None:
-        self.models = {spec.id: spec for spec in specs}
-
-    @property
-    def current(self) -> "StaticSnapshots":
-        return self
-
-    def model(self, model_id: str) -> ModelSpec:
-        if model_id not in self.models:
-            nearest = sorted(self.models)[:1]
-            raise ModelNotFoundError(
-                f"no model {model_id!r}; did you mean {nearest[0]}?", param="model", details={"nearest": nearest}
-            )
-        return self.models[model_id]
+        self.current = Snapshot(3, uuid4(), {spec.id: spec for spec in specs})
 
 
 SPECS = (

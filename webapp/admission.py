@@ -1,11 +1,13 @@
 """Whether its model can serve a request: sizes, inputs, outputs and options, before anything is published."""
 
+from collections.abc import Collection
 from typing import Any, Final
 
 import msgspec
 
-from common.errors import RequestError
-from config_db.spec import ModelSpec
+from common.errors import ModelUnsupportedError, RequestError
+from config_db.families import why_unsupported
+from config_db.spec import DEFAULT_PROFILE, ModelSpec
 from tasks.messages import Request
 from webapp.wire.bodies import EncodeBody, EncodeParams, Item, check_free_form
 
@@ -21,6 +23,34 @@ class TextItem(msgspec.Struct, omit_defaults=True):
 
     text: str
     id: str | None = None
+
+
+def check_supported(spec: ModelSpec, own_families: Collection[str]) -> None:
+    """ModelUnsupportedError if neither this release nor a family of the operator's own can serve the model."""
+    reason = spec.unsupported if spec.family in own_families else why_unsupported(spec)
+    if reason is not None:
+        raise ModelUnsupportedError(f"model {spec.id!r} cannot be served: {reason}", param="model")
+
+
+def choose_profile(spec: ModelSpec, params: EncodeParams | None) -> ModelSpec:
+    """The spec of the profile that ``options.profile`` names, else the model's own.
+
+    Raises:
+        RequestError: the model has no such profile.
+    """
+    wanted = params.options.get("profile") if params is not None and params.options else None
+    if wanted in (None, DEFAULT_PROFILE):
+        return spec
+    base, _, chosen = spec.id.partition(":")
+    if chosen and wanted == chosen:  # the path has named it already
+        return spec
+    found = next((one for one in spec.profile_specs if one.id == f"{base}:{wanted}"), None)
+    if found is None:
+        has = f"; it has {', '.join(spec.profiles)}" if spec.profiles else ""
+        raise RequestError(
+            f"model {spec.id!r} has no profile {str(wanted)[:100]!r}{has}", param="params.options.profile"
+        )
+    return found
 
 
 def check_operation(spec: ModelSpec, operation: str) -> None:
@@ -125,9 +155,6 @@ def _options(params: EncodeParams) -> dict[str, Any]:
     for name in ("lora", "lora_id"):
         if options.get(name) is not None:
             raise RequestError(f"there is no adapter {str(options[name])[:100]!r}", param=f"params.options.{name}")
-    if options.get("profile") not in (None, "default"):
-        profile = str(options["profile"])[:100]
-        raise RequestError(f"the model has no profile {profile!r}", param="params.options.profile")
     if not isinstance(options.get("is_query", False), bool):
         raise RequestError("is_query is true or false", param="params.options.is_query")
     return options

@@ -4,11 +4,12 @@ from flask import Flask
 
 from common.settings import WebSettings
 from tasks.client import FarmClient
+from webapp import config_store, problems
 from webapp import farm as farms
-from webapp import problems
+from webapp.config_store import ConfigStore
 from webapp.farm import Farm, Snapshots
 from webapp.fleet import Fleet
-from webapp.views import encode, health, models, tasks
+from webapp.views import config_bundles, config_epochs, configs, encode, health, models, tasks
 
 
 def create_app(settings: WebSettings, snapshots: Snapshots, client: FarmClient) -> Flask:
@@ -18,7 +19,8 @@ def create_app(settings: WebSettings, snapshots: Snapshots, client: FarmClient) 
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False
     farms.install(app.extensions, Farm(settings, snapshots, client, Fleet(client)))
+    config_store.install(app.extensions, ConfigStore(settings.database_url))
     problems.install(app)
-    for view in (encode, tasks, models, health):
+    for view in (encode, tasks, models, configs, config_epochs, config_bundles, health):
         app.register_blueprint(view.bp)
     return app

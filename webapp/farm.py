@@ -1,44 +1,31 @@
 """What the views reach for: settings, the config snapshot, the farm client and the view of the live workers."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
 from flask import current_app
 
 from common.settings import WebSettings
-from config_db.spec import ModelSpec
+from config_db.snapshot import Snapshot
 from tasks.client import FarmClient
 from webapp.fleet import Fleet
 
 _EXTENSION: Final = "farmhand"
 
 
-class Served(Protocol):
-    """One snapshot of what is served (``config_db.snapshot.Snapshot``)."""
-
-    @property
-    def epoch(self) -> int:
-        """The epoch it was read at."""
-
-    @property
-    def models(self) -> Mapping[str, ModelSpec]:
-        """All models by id."""
-
-    def model(self, model_id: str) -> ModelSpec:
-        """One model; ModelNotFoundError with the nearest ids."""
-
-
 class Snapshots(Protocol):
-    """Where the current snapshot is (``config_db.snapshot.SnapshotReader``)."""
+    """Where the current snapshot is (``config_db.reader.SnapshotReader``)."""
 
     @property
-    def current(self) -> Any:
+    def current(self) -> Snapshot:
         """The newest snapshot this process has read."""
 
     @property
     def is_connected(self) -> bool:
         """Whether the last poll reached the config DB."""
+
+    def poll_soon(self) -> None:
+        """Look for a newer one at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +38,9 @@ class Farm:
     fleet: Fleet
 
     @property
-    def served(self) -> Served:
+    def served(self) -> Snapshot:
         """What is served now."""
-        return cast("Served", self.snapshots.current)
+        return self.snapshots.current
 
 
 def install(extensions: dict[str, Any], farm: Farm) -> None:

@@ -1,20 +1,34 @@
-"""The live workers as the web tier sees them: read from Redis when asked for, remembered for a second.
+"""The live workers and web processes as this one sees them: read from Redis when asked for.
 
-No request for a model waits for this: only readiness, model states and pools other than the default one do.
+No request for a model waits for this: only readiness, model states, pools other than the default one, and the question
+who serves which epoch do.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import monotonic
-from typing import Final
+from typing import Final, Literal
 
 from common.errors import QueueUnavailableError
-from tasks.client import FarmClient, WorkerView
+from tasks.client import FarmClient
+from tasks.live_workers import WorkerView
 
 FRESH_S: Final = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessEpoch:
+    """Which epoch of the config DB one live process serves. ``epoch_id`` is empty if it does not tell."""
+
+    kind: Literal["web", "worker"]
+    name: str
+    machine_profile: str
+    epoch: int
+    epoch_id: str
+
+
 class Fleet:
-    """Remembers the last look at the live workers."""
+    """Remembers the last look at the live workers, for a second."""
 
     def __init__(self, client: FarmClient) -> None:
         self._client = client
@@ -38,3 +52,45 @@ class Fleet:
     def queues(self) -> frozenset[str]:
         """Queues that some live worker consumes."""
         return frozenset(queue for worker in self.workers() for queue in worker.queues)
+
+    def epochs(self) -> list[ProcessEpoch]:
+        """Which epoch each live process serves now, by kind and name.
+
+        Raises:
+            QueueUnavailableError: Redis does not answer.
+        """
+        workers = [
+            ProcessEpoch(
+                kind="worker",
+                name=worker.node,
+                machine_profile=worker.machine_profile,
+                epoch=worker.epoch,
+                epoch_id=worker.epoch_id,
+            )
+            for worker in self._client.workers()
+        ]
+        webs = [
+            ProcessEpoch(
+                kind="web",
+                name=web.name,
+                machine_profile=web.machine_profile,
+                epoch=web.epoch,
+                epoch_id=web.epoch_id,
+            )
+            for web in self._client.web_processes()
+        ]
+        return sorted([*workers, *webs], key=lambda one: (one.kind, one.name))
+
+
+def has_converged(processes: Sequence[ProcessEpoch], epoch: int, epoch_id: str | None = None) -> bool:
+    """Whether all of these serve this epoch or a later one.
+
+    Args:
+        processes: as ``Fleet.epochs`` gives them.
+        epoch: its number.
+        epoch_id: if this is the present epoch, its id: who is ahead of it, or has another at the same number, has read
+            a history that a restored backup has ended.
+    """
+    if epoch_id is None:
+        return all(process.epoch >= epoch for process in processes)
+    return all(process.epoch == epoch and process.epoch_id in (epoch_id, "") for process in processes)

@@ -6,9 +6,10 @@ from common import faults
 from common.errors import SetupError
 from common.logs import configure_logs, get_logger
 from common.settings import WebSettings, load_settings
-from config_db.snapshot import SnapshotReader
+from config_db.reader import SnapshotReader
 from tasks.client import FarmClient
 from webapp.app import create_app
+from webapp.epoch_reports import EpochReports
 
 BOOT_FAILED = 3
 """The exit status on which gunicorn gives up instead of starting the process again and again."""
@@ -28,4 +29,5 @@ def build() -> Flask:
         get_logger("webapp").error("web_cannot_start", reason=error.message)
         raise SystemExit(BOOT_FAILED) from error
     client = FarmClient(settings.redis_url, queue_limit=settings.queue_limit, result_ttl_s=settings.result_ttl_s)
+    EpochReports(client, reader, machine_profile=settings.machine_profile).start()
     return create_app(settings, reader, client)

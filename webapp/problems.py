@@ -13,12 +13,15 @@ from common.errors import (
     BodyTooLargeError,
     CancelledError,
     CapacityError,
+    ContentConflictError,
     DeadlineExceededError,
     EpochConflictError,
     FarmError,
+    IdempotencyError,
     MediaTypeError,
     MethodNotAllowedError,
     ModelLoadError,
+    ModelUnsupportedError,
     NotFoundError,
     RequestError,
 )
@@ -40,6 +43,9 @@ STATUS: Final[dict[type[FarmError], int]] = {
     DeadlineExceededError: 504,
     CancelledError: 409,
     EpochConflictError: 409,
+    ContentConflictError: 409,
+    IdempotencyError: 422,
+    ModelUnsupportedError: 501,
 }
 DEFAULT_RETRY_AFTER_S: Final = 5.0
 

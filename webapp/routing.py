@@ -50,8 +50,9 @@ def choose(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Route:
     asked_pool = environ.get("HTTP_X_SIE_POOL", "").strip().lower()
     asked_profile = environ.get("HTTP_X_SIE_MACHINE_PROFILE", "").strip().lower()
     own_profile = settings.machine_profile
-    if spec.machine_profiles and own_profile not in spec.machine_profiles:
-        own_profile = spec.machine_profiles[0]
+    allowed = spec.placement.machine_profiles
+    if allowed and own_profile not in allowed:
+        own_profile = allowed[0]
     route = Route(asked_pool or settings.pool, asked_profile or own_profile, _lane(asynchronous=asynchronous))
     if (asked_pool and asked_pool != settings.pool) or (asked_profile and asked_profile != own_profile):
         _check_served(farm, route, is_pool_asked=bool(asked_pool))

@@ -1,5 +1,7 @@
 """What a worker asks of Redis before it serves; each refusal is one line."""
 
+from contextlib import suppress
+from time import monotonic
 from typing import Any
 from uuid import uuid4
 
@@ -68,12 +70,13 @@ def self_test(client: "redis.Redis") -> None:
     except redis.RedisError as error:
         raise SetupError(f"the self-test through Redis failed: {error}") from error
     finally:
-        client.delete(names.beat(incarnation), names.unacked(incarnation), queue, names.bell(queue))
+        with suppress(redis.RedisError):
+            client.delete(names.beat(incarnation), names.unacked(incarnation), queue, names.bell(queue))
     if popped[6:7] != [sent] or held != 1 or moved != 1 or back != [sent]:
         raise SetupError("the self-test through Redis failed: the message did not come back as it was sent")
 
 
-def sync_clock(client: "redis.Redis", clock: FarmClock, monotonic: Any) -> None:
+def sync_clock(client: "redis.Redis", clock: FarmClock) -> None:
     """Measure this process's offset to Redis TIME."""
     asked_at = monotonic()
     answer: Any = client.time()

@@ -30,7 +30,7 @@ class FarmConsumer(Consumer):
     @property
     def receiver(self) -> Receiver:
         """Whom the intake strategy hands requests to."""
-        receiver: Receiver = self.controller.farm.dispatcher
+        receiver: Receiver = self.controller.farm.arrivals
         return receiver
 
     def ensure_connected(self, conn: Any) -> Any:

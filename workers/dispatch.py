@@ -1,7 +1,7 @@
-"""From held request to outcome: schedule when a host is free, send the micro-batch, gather its results.
+"""From ready request to result: schedule when a host is free, send the micro-batch, gather what comes back.
 
-The worker's event loop calls in: the transport with messages, the hosts with results, a timer with ticks. Nothing here
-blocks or computes. Owns the running batches and what is parked (fetching a large body, waiting for an epoch or an ETA).
+The worker's event loop calls in: ``arrivals`` with requests that can be scheduled, the hosts with results, a timer with
+ticks. Nothing here blocks or computes. Owns the running batches and the slices that they are made of.
 
 What dies and what happens here:
   host        its running batch is halved until the culprit stands alone; one that kills two hosts alone fails
@@ -9,64 +9,35 @@ What dies and what happens here:
   this worker its incarnation's records go back to the queues (janitor); nothing of this state matters any more
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
-from hashlib import sha1
 from time import monotonic
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from celery.utils.time import maybe_make_aware
 from celery.worker import state as celery_state
 
 from common.clock import FarmClock
-from common.errors import (
-    CancelledError,
-    DeadlineExceededError,
-    FarmError,
-    HostLostError,
-    MessageError,
-    ModelNotFoundError,
-    WorkerLostError,
-)
+from common.errors import DeadlineExceededError, HostLostError, MessageError, ModelNotFoundError
 from common.faults import fault
 from common.logs import get_logger
 from config_db.spec import ModelSpec
 from tasks import messages, names
-from tasks.messages import Outcome, Ticket
-from tasks.transport import Popped
-from workers.foreign import adopt, stub_ticket
-from workers.host_link import BatchTiming, HostBatch, HostPool, PartResult
+from tasks.messages import Outcome
+from workers.arrivals import Specs
+from workers.hosts.pool import HostPool
+from workers.hosts.protocol import BatchTiming, HostBatch, PartResult
 from workers.intake import Held, Intake
-from workers.outcomes import OutcomeWriter, dead_letter
 from workers.redis_link import RedisLink
-from workers.request import FarmRequest
 from workers.scheduler import Pick, Scheduler, Work
-from workers.slices import Cut, cut_body
+from workers.settling import Settler
+from workers.slices import cut_body
 
 log = get_logger("workers")
 
-LOSSES_UNTIL_DEAD: Final = 3
 CRASHES_ALONE_UNTIL_FAILED: Final = 2
 HOST_DEPTH: Final = 2
 """Micro-batches a host holds: one computing, one being tokenised."""
 RATES_REMEMBERED: Final = 4096
-EPOCH_WAIT_S: Final = 10.0
-"""How long a message of a newer epoch waits for this worker's config to catch up."""
-
-
-class Specs(Protocol):
-    """The config snapshot, as the dispatcher reads it (``config_db.snapshot.SnapshotReader``)."""
-
-    @property
-    def current(self) -> Any:
-        """The snapshot now held."""
-
-    def spec(self, digest: str) -> ModelSpec | None:
-        """A spec by digest, of this snapshot or a recent one."""
-
-    def poll_soon(self) -> None:
-        """Poll the epoch at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +48,6 @@ class DispatchLimits:
     max_tokens: int
     hang_floor_s: float
     hang_unmeasured_s: float
-    default_timeout_s: float = 120.0
 
 
 @dataclass(slots=True)
@@ -93,11 +63,26 @@ class _Slice:
 class _Running:
     pick: Pick
     slices: tuple[_Slice, ...]
-    host: int
 
 
 class Dispatcher:
-    """Moves requests from the intake through the scheduler and the hosts to their outcomes."""
+    """Moves ready requests through the scheduler and the hosts to their results.
+
+    ``hosts`` is set before the first event: the pool is built with this object as the one it tells.
+
+    Args:
+        intake: what the worker holds.
+        scheduler: decides what runs next.
+        link: the incarnation's own connection.
+        specs: the config snapshot.
+        clock: the farm's clock.
+        limits: bounds of a micro-batch.
+        settler: answers requests.
+        incarnation: the uuid this process lives under now.
+        on_residency: called when a host came, went, loaded or evicted.
+    """
+
+    hosts: HostPool
 
     def __init__(
         self,
@@ -108,38 +93,34 @@ class Dispatcher:
         specs: Specs,
         clock: FarmClock,
         limits: DispatchLimits,
+        settler: Settler,
         incarnation: Callable[[], str],
+        on_residency: Callable[[], None],
     ) -> None:
-        self.intake = intake
+        self._intake = intake
         self._scheduler = scheduler
         self._link = link
         self._specs = specs
         self._clock = clock
         self._limits = limits
+        self._settler = settler
         self._incarnation = incarnation
-        self.hosts: HostPool
-        self.outcomes: OutcomeWriter
-        self.on_residency: Callable[[], None] = lambda: None
+        self._on_residency = on_residency
         self._slices: dict[int, _Slice] = {}
         self._running: dict[int, _Running] = {}
         self._batch_s_per_token: dict[str, float] = {}
-        self._awaiting_epoch: dict[Any, tuple[Held, float]] = {}
-        self._cancelled_known = False
         self._next_work = 1
         self._next_batch = 1
         self._hub: Any = None
         self._kick_due = False
-        self._flush_due = False
         self._draining = False
 
     # -- what the worker's steps ask ----------------------------------------------------------------------------
 
     def register(self, hub: Any) -> None:
-        """Use this hub from now on; Celery forgot the held requests on a reconnect, so they are named to it again."""
+        """Use this hub from now on."""
         self._hub = hub
-        self._kick_due = self._flush_due = False
-        for held in self.intake:
-            celery_state.task_reserved(held.request)
+        self._kick_due = False
         self._kick_soon()
 
     @property
@@ -151,96 +132,61 @@ class Dispatcher:
         """Send no further micro-batch: the worker shuts down."""
         self._draining = True
 
-    def give_up_all(self) -> list[Held]:
-        """Forget every held request that has no outcome under way; returns them. Their results are dropped."""
-        left = [held for held in self.intake.clear() if not held.is_settling]
-        for held in left:
-            self._forget_works(held)
-            celery_state.task_ready(held.request)
-        self._awaiting_epoch.clear()
+    def forget(self, held: Held) -> None:
+        """Drop what is left of a request's work; a result that comes nevertheless is dropped, too."""
+        for work in held.works:
+            self._scheduler.remove(work)
+            self._slices.pop(work, None)
+
+    def forget_running(self) -> None:
+        """Expect nothing of what runs: the requests were given up. Its results are dropped."""
         for running in self._running.values():
             self._scheduler.finished(running.pick)
         self._running.clear()
-        return left
 
     def preload(self) -> None:
         """Have every host load the models that the config wants loaded before anyone asks."""
-        wanted = [spec for spec in self._specs.current.models.values() if spec.preload]
+        wanted = [spec for spec in self._specs.current.models.values() if spec.placement.preload]
         for view in self.hosts.hosts():
             for spec in wanted:
                 self.hosts.load(view.id, spec)
 
     def tick(self) -> None:
-        """What is due by time: expiry, revocation, requests waiting for an epoch, outcomes refused by Redis."""
+        """What is due by time: expiry, hints to the hosts."""
         now = monotonic()
         self._expire(now)
-        for held in self.intake:
-            if held.id in celery_state.revoked and held.started_at is None and not held.is_settling:
-                held.request.revoked()
-        for held, until in list(self._awaiting_epoch.values()):
-            del self._awaiting_epoch[held.tag]
-            self._ready(held, epoch_wait_until=until)
-        self.outcomes.flush()
         self._announce_absent(now)
         self._kick_soon()
 
-    def look_for_cancelled(self) -> None:
-        """Ask Redis which waiting requests were cancelled by their callers."""
-        waiting = [held for held in self.intake if held.started_at is None and held.ticket.admitted]
-        if waiting:
-            self._ask_cancelled(waiting, lambda _: None)
-
-    # -- what the transport tells -------------------------------------------------------------------------------
-
-    def on_popped(self, messages_: Sequence[Popped], *, cancelled: int) -> None:  # noqa: ARG002
-        """The next requests were taken while ``cancelled`` ids were known to Redis."""
-        self._cancelled_known = cancelled > 0
-
-    def on_request(self, request: FarmRequest, ticket: Ticket | None) -> None:
-        """Take a request in and make it ready to be scheduled."""
-        if request.tag in self.intake:  # kombu's own transport restored what is held already; its record stands again
+    def schedule(self, held: Held, spec: ModelSpec) -> None:
+        """Let a request wait for its turn, cut into slices if it is larger than a micro-batch."""
+        try:
+            max_tokens = spec.limits.max_batch_tokens or self._limits.max_tokens
+            bodies = cut_body(held.ticket, held.body, max_items=self._limits.max_items, max_tokens=max_tokens)
+        except MessageError as error:
+            self._settler.fail(held, error)
             return
-        refusal: FarmError | None = None
-        body: bytes = request.message.body
-        if ticket is None:
-            try:
-                ticket, body = adopt(request, self._specs.current, self._expires(request), self._clock.now())
-            except FarmError as error:
-                ticket, body = stub_ticket(request, self._expires(request), self._clock.now()), b""
-                refusal = error
-        held = self._hold(request, ticket, body)
-        if refusal is not None:
-            self._settle(held, messages.failed(held.id, refusal))
-        elif held.lost >= LOSSES_UNTIL_DEAD:
-            lost = WorkerLostError(
-                f"{held.lost} workers died while running this request; it is kept in the dead letters"
+        held.slices_left = len(bodies)
+        held.results = [None] * len(bodies)
+        self._scheduler.set_concurrency(spec.digest, spec.limits.max_concurrency)
+        for place, part in enumerate(bodies):
+            work = Work(
+                id=self._next_work,
+                key=held.ticket.key,
+                spec=spec.digest,
+                lane=held.lane,
+                tenant=held.ticket.tenant,
+                items=part.items,
+                tokens=part.tokens,
+                arrived=held.arrived,
+                deadline=held.deadline,
+                alone=held.lost > 0,
             )
-            self._settle(held, messages.failed(held.id, lost, model=ticket.model), dead=dead_letter(held, lost.code))
-        elif request.eta is not None:
-            self._hold_until_eta(held)
-        elif self._cancelled_known:
-            self._ask_cancelled([held], self._fetch_or_ready)
-        else:
-            self._fetch_or_ready(held)
-
-    def refuse(self, tag: int, error: FarmError) -> bool:
-        """Answer a held request with an error; false if it is not held."""
-        held = self.intake.get(tag)
-        if held is not None:
-            self._settle(held, messages.failed(held.id, error, model=held.ticket.model))
-        return held is not None
-
-    def on_revoked(self, request: FarmRequest, *, expired: bool) -> None:
-        """Celery found the request revoked or expired: answer it through the same call as every other."""
-        held = next((one for one in self.intake if one.request is request), None)
-        if held is None:
-            return
-        error: FarmError = (
-            DeadlineExceededError("the task expired before it was started")
-            if expired
-            else CancelledError("the task was revoked")
-        )
-        self._settle(held, messages.failed(held.id, error, model=held.ticket.model))
+            self._next_work += 1
+            self._slices[work.id] = _Slice(held, place, part.body)
+            held.works.append(work.id)
+            self._scheduler.add(work)
+        self._kick_soon()
 
     # -- what the hosts tell ------------------------------------------------------------------------------------
 
@@ -248,7 +194,7 @@ class Dispatcher:
         """A host can be given work."""
         log.info("host_ready", host=host)
         self.preload()
-        self.on_residency()
+        self._on_residency()
         self._kick_soon()
 
     def on_batch_done(
@@ -270,12 +216,12 @@ class Dispatcher:
         fault("worker.batch_done")
         for part, result in zip(running.slices, results, strict=True):
             self._take_result(part, result, timing)
-        self.outcomes.flush()
+        self._settler.flush()
 
     def on_host_lost(self, host: int, suspects: list[int], innocent: list[int], reason: str) -> None:
         """Run what it held again: innocent batches as they were, suspects in halves until the culprit stands alone."""
         log.warning("host_lost", host=host, reason=reason, suspects=len(suspects), innocent=len(innocent))
-        self.on_residency()
+        self._on_residency()
         for batch in [*innocent, *suspects]:
             running = self._running.pop(batch, None)
             if running is None:
@@ -293,130 +239,8 @@ class Dispatcher:
         log.info("residency_changed", host=host, spec=spec_digest, change=event, **detail)
         if event == "loaded":
             self._scheduler.note_load(monotonic(), spec_digest, float(detail.get("load_s", 0.0)))
-        self.on_residency()
+        self._on_residency()
         self._kick_soon()
-
-    # -- taking in ----------------------------------------------------------------------------------------------
-
-    def _hold(self, request: FarmRequest, ticket: Ticket, body: bytes) -> Held:
-        popped: Popped | None = getattr(request.message, "popped", None)
-        lost = popped.lost if popped else 0
-        now = monotonic()
-        held = Held(
-            tag=request.tag,
-            incarnation=self._incarnation(),
-            request=request,
-            ticket=ticket,
-            body=body,
-            queue=request.queue,
-            lost=lost,
-            lost_digest=sha1(popped.raw, usedforsecurity=False).hexdigest() if popped and lost else "",
-            arrived=now,
-            deadline=self._clock.monotonic_of(ticket.deadline),
-        )
-        self.intake.add(held)
-        celery_state.task_reserved(request)
-        return held
-
-    def _expires(self, request: FarmRequest) -> float:
-        """When a plain producer's request is too late, on the farm's clock: as it says, or after a default time."""
-        if request.expires:
-            return float(maybe_make_aware(request.expires).timestamp())
-        return self._clock.now() + self._limits.default_timeout_s
-
-    def _hold_until_eta(self, held: Held) -> None:
-        """A plain producer's countdown: the request waits in the intake, its deadline counted from then on."""
-        eta: datetime = maybe_make_aware(held.request.eta)  # type: ignore[arg-type]  # the caller has one
-        wait_s = max(0.0, eta.timestamp() - self._clock.now())
-        if not held.request.expires:
-            held.deadline += wait_s
-        self._hub.call_later(wait_s, self._fetch_or_ready, held)
-
-    def _fetch_or_ready(self, held: Held) -> None:
-        key = held.ticket.body_key
-        if key is None or held.body is not held.request.message.body:
-            self._ready(held)
-            return
-
-        def fetched(reply: Any) -> None:
-            if isinstance(reply, bytes):
-                held.body = reply
-                self._ready(held)
-            else:
-                gone = MessageError("the request's body is not in Redis any more")
-                self._settle(held, messages.failed(held.id, gone, model=held.ticket.model))
-
-        self._link.call("GET", key, then=fetched, repeat=True)
-
-    def _ready(self, held: Held, *, epoch_wait_until: float | None = None) -> None:
-        """Give the request to the scheduler, cut into slices if it is larger than a micro-batch."""
-        if held.tag not in self.intake or held.is_settling:
-            return
-        spec = self._specs.spec(held.ticket.spec)
-        if spec is None and not self._await_epoch(held, epoch_wait_until):
-            spec = self._specs.current.models.get(held.ticket.model)
-            if spec is None:
-                gone = ModelNotFoundError(f"model {held.ticket.model!r} is not served any more", param="model")
-                self._settle(held, messages.failed(held.id, gone, model=held.ticket.model))
-        if spec is None:
-            return
-        try:
-            bodies = cut_body(
-                held.ticket, held.body, max_items=self._limits.max_items, max_tokens=self._tokens_of(spec)
-            )
-        except MessageError as error:
-            self._settle(held, messages.failed(held.id, error, model=held.ticket.model))
-            return
-        self._schedule(held, spec, bodies)
-
-    def _await_epoch(self, held: Held, until: float | None) -> bool:
-        """Whether the request waits for an epoch this worker has not read yet."""
-        newer = held.ticket.epoch > self._specs.current.epoch
-        until = until if until is not None else monotonic() + EPOCH_WAIT_S
-        if not newer or monotonic() >= min(until, held.deadline):
-            return False
-        self._awaiting_epoch[held.tag] = (held, until)
-        self._specs.poll_soon()
-        return True
-
-    def _schedule(self, held: Held, spec: ModelSpec, bodies: Sequence[Cut]) -> None:
-        held.slices_left = len(bodies)
-        held.results = [None] * len(bodies)
-        if spec.limits.max_concurrency is not None:
-            self._scheduler.set_concurrency(spec.digest, spec.limits.max_concurrency)
-        for place, part in enumerate(bodies):
-            work = Work(
-                id=self._next_work,
-                key=held.ticket.key,
-                spec=spec.digest,
-                lane=held.lane,
-                tenant=held.ticket.tenant,
-                items=part.items,
-                tokens=part.tokens,
-                arrived=held.arrived,
-                deadline=held.deadline,
-                alone=held.lost > 0,
-            )
-            self._next_work += 1
-            self._slices[work.id] = _Slice(held, place, part.body)
-            held.works.append(work.id)
-            self._scheduler.add(work)
-        self._kick_soon()
-
-    def _tokens_of(self, spec: ModelSpec) -> int:
-        return spec.limits.max_batch_tokens or self._limits.max_tokens
-
-    def _ask_cancelled(self, waiting: list[Held], then: Callable[[Held], None]) -> None:
-        def answered(reply: Any) -> None:
-            scores = reply if isinstance(reply, list) else [None] * len(waiting)
-            for held, score in zip(waiting, scores, strict=True):
-                if score is None:
-                    then(held)
-                elif not held.is_settling:
-                    error = CancelledError("the task was cancelled")
-                    self._settle(held, messages.failed(held.id, error, model=held.ticket.model))
-
-        self._link.call("ZMSCORE", names.CANCELLED, *(held.id for held in waiting), then=answered)
 
     # -- scheduling ---------------------------------------------------------------------------------------------
 
@@ -452,9 +276,13 @@ class Dispatcher:
     def _send(self, host: int, pick: Pick, now: float) -> None:
         slices = tuple(self._slices[work.id] for work in pick.works)
         spec = self._specs.spec(pick.spec)
-        assert spec is not None  # specs of held requests are kept
+        if spec is None:  # more changes of the config than are remembered have passed while it waited
+            self._scheduler.finished(pick)
+            for held in {part.held for part in slices}:
+                self._settler.fail(held, ModelNotFoundError(f"model {held.ticket.model!r} has changed; ask again"))
+            return
         batch, self._next_batch = self._next_batch, self._next_batch + 1
-        self._running[batch] = _Running(pick, slices, host)
+        self._running[batch] = _Running(pick, slices)
         self._mark_started([part.held for part in slices], now)
         fault("worker.started")
         first = slices[0].held.ticket
@@ -511,20 +339,19 @@ class Dispatcher:
                 if spec is not None:
                     self.hosts.load(view.id, spec)
 
-    # -- settling -----------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------
 
     def _take_result(self, part: _Slice, result: PartResult, timing: BatchTiming) -> None:
         held = part.held
         self._slices.pop(held.works[part.place], None)
-        if held.is_settling or held.tag not in self.intake:
+        if held.is_settling or held.tag not in self._intake:
             return
         for name in ("tokenization_ms", "inference_ms", "postprocessing_ms"):
             held.timing[name] = max(held.timing.get(name, 0.0), getattr(timing, name))
         held.tokens_used += result.tokens
         if result.error is not None:
-            self._settle(
-                held, Outcome(task_id=held.id, model=held.ticket.model, spec=held.ticket.spec, error=result.error)
-            )
+            failed = Outcome(task_id=held.id, model=held.ticket.model, spec=held.ticket.spec, error=result.error)
+            self._settler.settle(held, failed)
             return
         held.results[part.place] = result.result
         held.slices_left -= 1
@@ -541,46 +368,14 @@ class Dispatcher:
             timing={name: round(value, 3) for name, value in held.timing.items()},
             usage={"input_tokens": held.tokens_used},
         )
-        self._settle(held, outcome)
-
-    def _settle(self, held: Held, outcome: Outcome, *, dead: str = "") -> None:
-        """Hand the one outcome of a request over to be written; what is left of its work is dropped."""
-        if held.is_settling:
-            return
-        held.is_settling = True
-        self._forget_works(held)
-        self.outcomes.add(held, outcome, dead=dead)
-        if self._hub is not None and not self._flush_due:
-            self._flush_due = True
-            self._hub.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flush_due = False
-        self.outcomes.flush()
-
-    def on_settled(self, held: Held, outcome: Outcome, answered: bool) -> None:
-        """Redis has confirmed: tell kombu and Celery, and make room."""
-        self.intake.remove(held)
-        request = held.request
-        request.acknowledged = True
-        qos = request.message.channel.qos if request.message.channel else None
-        if qos is not None and isinstance(held.tag, str):
-            qos._dirty.add(held.tag)  # noqa: SLF001 - kombu's set of acknowledged tags; the record itself is gone
-        celery_state.task_ready(request)
-        if answered:
-            _send_final_event(held, outcome)
-
-    def _forget_works(self, held: Held) -> None:
-        for work in held.works:
-            self._scheduler.remove(work)
-            self._slices.pop(work, None)
+        self._settler.settle(held, outcome)
 
     def _expire(self, now: float) -> None:
         for work in self._scheduler.take_expired(now):
             part = self._slices.get(work.id)
             if part is not None and not part.held.is_settling:
                 late = DeadlineExceededError("the deadline passed while the request was waiting")
-                self._settle(part.held, messages.failed(part.held.id, late, model=part.held.ticket.model))
+                self._settler.fail(part.held, late)
 
     def _halve(self, works: list[Work], reason: str) -> None:
         """Run a suspect batch again in halves; one that kills a host alone, twice, is the culprit."""
@@ -596,18 +391,4 @@ class Dispatcher:
                 self._scheduler.add_together([work])
             else:
                 error = HostLostError(f"the model process died while running this request alone ({reason})")
-                self._settle(held, messages.failed(held.id, error, model=held.ticket.model, spec=held.ticket.spec))
-
-
-def _send_final_event(held: Held, outcome: Outcome) -> None:
-    """Tell Flower and other event readers; results are named, never carried."""
-    request = held.request
-    if outcome.error is None:
-        runtime = monotonic() - held.started_at if held.started_at is not None else 0.0
-        request.send_event("task-succeeded", result=f"{held.ticket.items} items", runtime=runtime)
-    elif outcome.state == "cancelled":
-        request.send_event("task-revoked", terminated=False, signum=None, expired=False)
-    else:
-        request.send_event(
-            "task-failed", exception=f"{outcome.error['code']}: {outcome.error['message']}", traceback=""
-        )
+                self._settler.fail(held, error)

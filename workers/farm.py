@@ -11,33 +11,40 @@ from time import monotonic
 from typing import Any, Final
 
 import redis
+from celery.worker import state as celery_state
 
 from common.clock import FarmClock
 from common.errors import MessageError
 from common.logs import get_logger
 from common.settings import WorkerSettings
-from config_db.snapshot import SnapshotReader
+from config_db.reader import SnapshotReader
 from tasks import names
 from tasks.transport import Drain, FarmChannel, Popped
 from workers import checks
+from workers.arrivals import Arrivals
 from workers.dispatch import Dispatcher, DispatchLimits
 from workers.heartbeat import Heartbeat
-from workers.host_link import HostPool, host_config
+from workers.hosts.config import host_config
+from workers.hosts.pool import HostPool
 from workers.intake import Intake, IntakeLimits
 from workers.janitor import Janitor, give_back, return_unheld
 from workers.outcomes import OutcomeWriter
 from workers.redis_link import RedisLink
 from workers.scheduler import BatchLimits, Policy, Scheduler
+from workers.settling import Settler
 
 log = get_logger("workers")
 
-SCRIPTS: Final = ("outcome", "start", "restore", "give_back")
+SCRIPTS: Final = ("outcome", "start", "restore", "give_back", "close_overdue")
 FAST_TICK_S: Final = 0.25
 SLOW_TICK_S: Final = 1.0
 COMPARE_S: Final = 5.0
+OVERDUE_S: Final = 20.0
 CLOCK_S: Final = 30.0
 LEAVE_S: Final = 1.5
 """How long the last calls to Redis may take when the worker leaves."""
+FOREIGN_TIMEOUT_S: Final = 120.0
+"""How long a plain Celery producer's message may wait if it names no ``expires``."""
 KOMBU_KEYS: Final = ("unacked", "unacked_index")
 
 
@@ -66,10 +73,18 @@ class Farm:
             copy_path=settings.state_dir / "config" / f"{settings.pool}.{settings.machine_profile}.snapshot",
         )
         hosts = host_config(settings)
-        self.scheduler = Scheduler(BatchLimits(settings.batch_max_items, hosts.batch_max_tokens), Policy())
+        self.heartbeat = Heartbeat(self.link, describe=self.describe, on_reborn=self._on_reborn)
+        self.janitor = Janitor(self.link, result_ttl_s=settings.result_ttl_s)
+        self.outcomes = OutcomeWriter(
+            self.link,
+            result_ttl_s=settings.result_ttl_s,
+            kombu_keys=None if self.is_batch_popping else KOMBU_KEYS,
+            on_settled=lambda *settled: self.settler.on_settled(*settled),
+        )
+        self.settler = Settler(self.intake, self.outcomes, forget=lambda held: self.dispatcher.forget(held))
         self.dispatcher = Dispatcher(
             intake=self.intake,
-            scheduler=self.scheduler,
+            scheduler=Scheduler(BatchLimits(settings.batch_max_items, hosts.batch_max_tokens), Policy()),
             link=self.link,
             specs=self.reader,
             clock=self.clock,
@@ -79,23 +94,24 @@ class Farm:
                 hang_floor_s=settings.hang_floor_s,
                 hang_unmeasured_s=settings.hang_unmeasured_s,
             ),
+            settler=self.settler,
             incarnation=lambda: self.heartbeat.incarnation,
+            on_residency=self.heartbeat.tell,
         )
-        self.hosts = HostPool(hosts, self.dispatcher)
-        self.heartbeat = Heartbeat(self.link, describe=self.describe, on_reborn=self._on_reborn)
-        self.janitor = Janitor(self.link)
+        self.hosts = self.dispatcher.hosts = HostPool(hosts, self.dispatcher)
+        self.arrivals = Arrivals(
+            intake=self.intake,
+            link=self.link,
+            specs=self.reader,
+            clock=self.clock,
+            settler=self.settler,
+            default_timeout_s=FOREIGN_TIMEOUT_S,
+            incarnation=lambda: self.heartbeat.incarnation,
+            ready=self.dispatcher.schedule,
+        )
         self.drain = Drain(
             incarnation=self.heartbeat.incarnation, room=self.intake, sink=_Sink(self), pop_max=settings.pop_max
         )
-        self.outcomes = OutcomeWriter(
-            self.link,
-            result_ttl_s=settings.result_ttl_s,
-            kombu_keys=None if self.is_batch_popping else KOMBU_KEYS,
-            on_settled=self.dispatcher.on_settled,
-        )
-        self.dispatcher.hosts = self.hosts
-        self.dispatcher.outcomes = self.outcomes
-        self.dispatcher.on_residency = self.heartbeat.tell
 
     @property
     def is_batch_popping(self) -> bool:
@@ -105,13 +121,15 @@ class Farm:
     def describe(self) -> dict[str, Any]:
         """What other processes may know of this worker."""
         hosts = self.hosts.hosts()
+        config = self.reader.current
         return {
             "node": self._nodename,
             "pool": self.settings.pool,
             "machine_profile": self.settings.machine_profile,
             "queues": self._queues,
             "transport": self.settings.transport,
-            "epoch": self.reader.current.epoch,
+            "epoch": config.epoch,
+            "epoch_id": str(config.epoch_id),
             "ready": bool(hosts),
             "hosts": len(hosts),
             "resident": sorted({digest for host in hosts for digest in host.resident}),
@@ -125,7 +143,7 @@ class Farm:
         with client:
             checks.check_redis(client)
             checks.self_test(client)
-            checks.sync_clock(client, self.clock, monotonic)
+            checks.sync_clock(client, self.clock)
         self.hosts.start()
         self.reader.start()
         self.reader.subscribe(lambda _: self._on_new_epoch())
@@ -143,16 +161,23 @@ class Farm:
         channel.attach(self.drain)
 
     def register(self, hub: Any) -> None:
-        """Add readers and timers; called at every (re)connect, which has dropped them."""
+        """Add readers and timers; called at every (re)connect, which has dropped them.
+
+        Celery forgot the held requests, too, so they are named to it again.
+        """
         self._hub = hub
         self.link.register(hub)
         self.hosts.register(hub)
-        self.dispatcher.register(hub)
+        for part in (self.settler, self.arrivals, self.dispatcher):
+            part.register(hub)
+        for held in self.intake:
+            celery_state.task_reserved(held.request)
         hub.call_repeatedly(FAST_TICK_S, self._fast_tick)
         hub.call_repeatedly(SLOW_TICK_S, self._slow_tick)
         hub.call_repeatedly(CLOCK_S, self._sync_clock)
         if self.is_batch_popping:
             hub.call_repeatedly(COMPARE_S, self._return_unheld)
+            hub.call_repeatedly(OVERDUE_S, self._close_overdue)
             self._return_unheld()
 
     def leave(self, channel: Any, *, wait_s: float) -> None:
@@ -181,12 +206,14 @@ class Farm:
 
     def _fast_tick(self) -> None:
         self.link.tend()
+        self.arrivals.tick()
         self.dispatcher.tick()
+        self.outcomes.flush()
 
     def _slow_tick(self) -> None:
         if self.link.is_connected:
             self.heartbeat.beat()
-            self.dispatcher.look_for_cancelled()
+            self.arrivals.look_for_cancelled()
             if self.is_batch_popping:
                 self.janitor.look()
 
@@ -208,6 +235,10 @@ class Farm:
                 missing=self.intake.missing,
             )
 
+    def _close_overdue(self) -> None:
+        if self.link.is_connected:
+            self.janitor.close_overdue()
+
     def _on_link_connected(self) -> None:
         self.heartbeat.beat()
 
@@ -219,12 +250,28 @@ class Farm:
             hub.call_soon(self.dispatcher.preload)
 
     def _on_reborn(self, former: str) -> None:
-        """The former incarnation is judged dead: what it held goes back, and pops go under the new name."""
+        """The former incarnation is judged dead: what it held goes back, and pops go under the new name.
+
+        On the fallback kombu's records belong to nobody in particular, so what is held is still ours to answer.
+        """
         self.drain.incarnation = self.heartbeat.incarnation
-        dropped = self.dispatcher.give_up_all()
-        log.warning("intake_dropped", former=former, messages=len(dropped))
-        if self.is_batch_popping:
-            self.janitor.bury(former)
+        if not self.is_batch_popping:
+            for held in self.intake:
+                held.incarnation = self.heartbeat.incarnation
+            return
+        dropped = self._give_up_all()
+        log.warning("intake_dropped", former=former, messages=dropped)
+        self.janitor.bury(former)
+
+    def _give_up_all(self) -> int:
+        """Forget every held request that has no outcome under way; returns how many. Their results are dropped."""
+        left = [held for held in self.intake.clear() if not held.is_settling]
+        for held in left:
+            self.dispatcher.forget(held)
+            celery_state.task_ready(held.request)
+        self.arrivals.forget()
+        self.dispatcher.forget_running()
+        return len(left)
 
     def _pump(self, channel: Any, wait_s: float) -> None:
         """Run the loop until nothing runs and every outcome is confirmed, at most ``wait_s``."""
@@ -256,12 +303,12 @@ class _Sink:
     def __init__(self, farm: Farm) -> None:
         self._farm = farm
 
-    def on_popped(self, messages: Sequence[Popped], *, cancelled: int) -> None:
-        self._farm.dispatcher.on_popped(messages, cancelled=cancelled)
+    def on_popped(self, *, cancelled: int) -> None:
+        self._farm.arrivals.on_popped(cancelled=cancelled)
 
     def on_unreadable(self, message: Popped, error: MessageError) -> None:
         log.error("message_refused", queue=message.queue, error=str(error))
-        if self._farm.dispatcher.refuse(message.tag, error):
+        if self._farm.arrivals.refuse(message.tag, error):
             return
         give_back(self._farm.link, self._farm.heartbeat.incarnation, [message.tag], where="dead")
 

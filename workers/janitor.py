@@ -1,5 +1,7 @@
 """Returns to the queues what no living worker holds: messages of dead incarnations, and pops whose reply was lost.
 
+Closes, too, the tasks whose message is lost for good: somebody has emptied a queue by hand.
+
 A dead incarnation is one found silent in two looks 2 s apart; test and move are one Lua call of at most 100 messages or
 4 MiB, so that no worker, however slow, can lose a message it still answers for. Owned by the event loop thread.
 """
@@ -10,7 +12,7 @@ from time import monotonic
 from typing import Any, Final
 
 from common.logs import get_logger
-from tasks import names
+from tasks import names, settling
 from tasks.transport import BELL_PREFIX
 from workers.redis_link import RedisLink
 
@@ -24,8 +26,9 @@ BYTES_PER_MOVE: Final = 4 * 2**20
 class Janitor:
     """Looks after the incarnations known to Redis."""
 
-    def __init__(self, link: RedisLink) -> None:
+    def __init__(self, link: RedisLink, *, result_ttl_s: int) -> None:
         self._link = link
+        self._result_ttl_s = result_ttl_s
         self._silent_since: dict[str, float] = {}
 
     def look(self) -> None:
@@ -48,6 +51,12 @@ class Janitor:
         since = self._silent_since.setdefault(incarnation, now)
         if now - since >= LOOKS_APART_S:
             self._move(incarnation)
+
+    def close_overdue(self) -> None:
+        """Answer the tasks whose message is nowhere any more; called now and then."""
+        settling.close_overdue(
+            lambda name, keys, arguments: self._link.script(name, keys, arguments), result_ttl_s=self._result_ttl_s
+        )
 
     def bury(self, incarnation: str) -> None:
         """Return the messages of an incarnation known to be over: this process's own former one."""

@@ -31,14 +31,14 @@ STAGED_TTL_S: Final = 600
 
 @dataclass(slots=True)
 class _Pending:
+    """An outcome ready to be written: ``fields`` are its part of the call, ``blob`` goes under ``staged`` before it."""
+
     held: Held
     outcome: Outcome
-    blob: bytes
-    kind: str
-    where: str
     staged: str
-    fallback: bytes
-    dead: str
+    blob: bytes
+    fields: tuple[bytes, ...]
+    weight: int
 
 
 class OutcomeWriter:
@@ -72,10 +72,14 @@ class OutcomeWriter:
         return len(self._waiting) + self._unconfirmed
 
     def add(self, held: Held, outcome: Outcome, *, dead: str = "") -> None:
-        """Buffer the one outcome of a request. ``dead`` is a dead letter to keep with it."""
+        """Buffer the one outcome of a request. ``dead`` is a dead letter to keep with it.
+
+        Everything that could fail by what is in it is made here, so that it fails alone.
+        """
         kind, where = _destination(held, outcome)
         blob = self._blob(held, outcome, kind)
-        staged = names.result_key(held.id) if len(blob) > INLINE_OUTCOME_BYTES else ""
+        # the incarnation is part of the name: another one that computes the same task stages a blob of its own
+        staged = f"{names.result_key(held.id)}:{held.incarnation}" if len(blob) > INLINE_OUTCOME_BYTES else ""
         fallback = b""
         if staged and kind == "reply":
             fallback = messages.encode_outcome(
@@ -86,7 +90,9 @@ class OutcomeWriter:
                 held.id, CapacityError("the result was too large for Redis to keep"), model=outcome.model
             )
             fallback = self._blob(held, gone, kind)
-        self._waiting.append(_Pending(held, outcome, blob, kind, where, staged, fallback, dead))
+        written = fallback if staged else blob
+        fields = _fields(held, outcome, kind=kind, where=where, blob=written, staged=staged, dead=dead)
+        self._waiting.append(_Pending(held, outcome, staged, blob, fields, len(written)))
 
     def flush(self) -> None:
         """Send what is buffered, at most 64 messages or 4 MiB a call."""
@@ -113,7 +119,7 @@ class OutcomeWriter:
         ]
         arguments: list[Any] = [self._result_ttl_s, REPLY_TTL_S]
         for pending in chunk:
-            arguments += _fields(pending)
+            arguments += pending.fields
         self._unconfirmed += len(chunk)
         fault("worker.before_outcome")
         self._link.script("outcome", keys, arguments, then=lambda reply: self._on_reply(chunk, reply), repeat=True)
@@ -144,25 +150,23 @@ def _destination(held: Held, outcome: Outcome) -> tuple[str, str]:
     return ("reply", reply_to) if reply_to else ("none", "")
 
 
-def _fields(pending: _Pending) -> list[Any]:
+def _fields(
+    held: Held, outcome: Outcome, *, kind: str, where: str, blob: bytes, staged: str, dead: str
+) -> tuple[bytes, ...]:
     """One message's fourteen fields, in the order ``outcome.lua`` documents."""
-    held, ticket = pending.held, pending.held.ticket
-    return [
-        held.tag,
-        held.id,
-        int(ticket.admitted),
-        pending.kind,
-        pending.where,
-        pending.fallback if pending.staged else pending.blob,
-        pending.staged,
+    ticket = held.ticket
+    texts = (
+        staged,
         names.task_record(held.id) if ticket.asynchronous and ticket.admitted else "",
-        pending.outcome.state,
+        outcome.state,
         ticket.body_key or "",
         held.lost_digest,
-        pending.dead,
-        f"{ticket.tenant}|{ticket.model}" if pending.outcome.error is None else "",
-        held.tokens_used,
-    ]
+        dead,
+        f"{ticket.tenant}|{ticket.model}" if outcome.error is None else "",
+        str(held.tokens_used),
+    )
+    head = (str(held.tag), held.id, str(int(ticket.admitted)), kind, where)
+    return (*(text.encode() for text in head), blob, *(text.encode() for text in texts))
 
 
 def _chunks(pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
@@ -170,12 +174,11 @@ def _chunks(pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
     chunk: list[_Pending] = []
     size = 0
     for one in pending:
-        weight = len(one.fallback) if one.staged else len(one.blob)
-        if chunk and (len(chunk) >= MESSAGES_PER_CALL or size + weight > INLINE_OUTCOME_BYTES):
+        if chunk and (len(chunk) >= MESSAGES_PER_CALL or size + one.weight > INLINE_OUTCOME_BYTES):
             yield chunk
             chunk, size = [], 0
         chunk.append(one)
-        size += weight
+        size += one.weight
     if chunk:
         yield chunk
 

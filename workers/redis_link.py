@@ -37,7 +37,8 @@ class _Call:
     packed: bytes
     then: Callable[[Any], None] | None
     repeat: bool
-    sent_at: float = 0.0
+    sent_at: float | None = None
+    """When its last byte was written."""
 
 
 class LinkLostError(ConnectionError):
@@ -68,7 +69,8 @@ class RedisLink:
         self._socket: socket.socket | None = None
         self._reader = hiredis.Reader()
         self._pending: deque[_Call] = deque()
-        self._unsent: deque[memoryview] = deque()
+        self._unsent: deque[tuple[_Call, memoryview]] = deque()
+        self._heard_at = self._moved_at = 0.0
         self._hub: Any = None
         self._write_fd: int | None = None
         self._next_try = 0.0
@@ -77,11 +79,6 @@ class RedisLink:
     def is_connected(self) -> bool:
         """Whether there is a connection that has not been found broken."""
         return self._socket is not None
-
-    @property
-    def unanswered(self) -> int:
-        """Calls written or waiting for a connection."""
-        return len(self._pending)
 
     def register(self, hub: Any) -> None:
         """Read on this hub from now on; called again after every ``hub.reset()``."""
@@ -132,6 +129,7 @@ class RedisLink:
         assert self._socket is not None  # connect() has returned
         self._socket.setblocking(False)
         self._reader = hiredis.Reader()
+        self._heard_at = self._moved_at = monotonic()
         waiting, self._pending = self._pending, deque()
         self._unsent.clear()
         if self._hub is not None:
@@ -151,14 +149,14 @@ class RedisLink:
         if self._socket is None:
             if now >= self._next_try:
                 self.connect()
-        elif self._pending and now - self._pending[0].sent_at > SILENT_S:
+        elif self._pending and now - self._silent_since(self._pending[0]) > SILENT_S:
             self._lose("no answer")
 
     def close(self) -> None:
         """Drop the connection; waiting calls are forgotten."""
         self._pending.clear()
         if self._socket is not None:
-            self._lose("closed")
+            self._disconnect()
 
     def wait_answered(self, timeout_s: float) -> bool:
         """Block until every call is answered, without the hub: for shutdown. False if time ran out or Redis left."""
@@ -178,9 +176,9 @@ class RedisLink:
         return not self._pending
 
     def _write(self, call: _Call) -> None:
-        call.sent_at = monotonic()
+        call.sent_at = None
         was_idle = not self._unsent
-        self._unsent.append(memoryview(call.packed))
+        self._unsent.append((call, memoryview(call.packed)))
         if was_idle:
             self._flush()
 
@@ -199,11 +197,18 @@ class RedisLink:
     def _send_all(self) -> None:
         assert self._socket is not None  # callers have checked
         while self._unsent:
-            sent = self._socket.send(self._unsent[0])
-            if sent == len(self._unsent[0]):
+            call, left = self._unsent[0]
+            sent = self._socket.send(left)
+            self._moved_at = monotonic()
+            if sent == len(left):
+                call.sent_at = self._moved_at
                 self._unsent.popleft()
             else:
-                self._unsent[0] = self._unsent[0][sent:]
+                self._unsent[0] = call, left[sent:]
+
+    def _silent_since(self, first: _Call) -> float:
+        """Since when nothing has come back, or, while a large backlog goes out, nothing has been taken."""
+        return max(self._heard_at, self._moved_at if first.sent_at is None else first.sent_at)
 
     def _want_write(self) -> None:
         # kombu's epoll poller ignores a second registration of one descriptor, so writing gets a duplicate of its own.
@@ -236,6 +241,7 @@ class RedisLink:
         if not data:
             self._lose("closed by Redis")
             return
+        self._heard_at = monotonic()
         self._reader.feed(data)
         while (reply := self._reader.gets()) is not False:
             call = self._pending.popleft()
@@ -255,6 +261,14 @@ class RedisLink:
     def _lose(self, reason: str) -> None:
         """Give up the connection; repeatable calls wait for the next one, the others learn that theirs was lost."""
         log.warning("redis_link_lost", reason=reason, unanswered=len(self._pending))
+        self._disconnect()
+        lost = [call for call in self._pending if not call.repeat]
+        self._pending = deque(call for call in self._pending if call.repeat)
+        for call in lost:
+            if call.then is not None:
+                call.then(LinkLostError(f"the connection to Redis was lost: {reason}"))
+
+    def _disconnect(self) -> None:
         if self._hub is not None and self._socket is not None:
             self._hub.remove_reader(self._socket.fileno())
         self._close_write_fd()
@@ -262,11 +276,6 @@ class RedisLink:
         self._connection = self._socket = None
         self._reader = hiredis.Reader()  # replies of the lost connection must not answer calls of the next
         self._unsent.clear()
-        lost = [call for call in self._pending if not call.repeat]
-        self._pending = deque(call for call in self._pending if call.repeat)
-        for call in lost:
-            if call.then is not None:
-                call.then(LinkLostError(f"the connection to Redis was lost: {reason}"))
 
 
 def _pack(command: tuple[Any, ...]) -> bytes:

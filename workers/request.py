@@ -100,10 +100,8 @@ def intake_strategy(task: Any, app: Celery, consumer: Any) -> Callable[..., None
             ticket = messages.read_ticket(message.headers)
         except MessageError as error:
             raise InvalidTaskError(str(error)) from error
-        if not isinstance(message.headers.get("id"), str) or not isinstance(
-            message.properties.get("reply_to"), (str, type(None))
-        ):
-            raise InvalidTaskError("a message's id, and the list its reply goes to, are strings")
+        if not _is_text(message.headers.get("id")) or not _is_text(message.properties.get("reply_to") or ""):
+            raise InvalidTaskError("a message's id, and the list its reply goes to, are text")
         request = FarmRequest(
             message,
             on_ack=ack,
@@ -135,3 +133,8 @@ def intake_strategy(task: Any, app: Celery, consumer: Any) -> Callable[..., None
             request.revoked()
 
     return handle
+
+
+def _is_text(value: Any) -> bool:
+    """Whether this is text that can be written: JSON can name half a character, which UTF-8 cannot."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value

@@ -11,8 +11,11 @@ local FIRST_QUEUE = 6
 local queues = #KEYS - FIRST_QUEUE + 1
 local tops, wanted, tag = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local popped, turn = tonumber(ARGV[4]), tonumber(ARGV[5])
-local room, empty, taken, count = {}, {}, {}, 0
-for i = 1, queues do room[i] = tonumber(ARGV[6 + i]) end
+local room, asked, empty, taken, count = {}, {}, {}, {}, 0
+for i = 1, queues do
+  room[i] = tonumber(ARGV[6 + i])
+  asked[i] = room[i] > 0
+end
 
 local function take(i, most)
   most = math.min(most, room[i], wanted - count)
@@ -45,7 +48,9 @@ for i = 1, queues do take(i, wanted) end
 local bells = {}
 for i = 1, queues do
   local bell = ARGV[6] .. KEYS[FIRST_QUEUE + i - 1]
-  if empty[i] then
+  if not asked[i] then
+    -- no room for this queue: its bell is others'
+  elseif empty[i] then
     bells[#bells + 1] = bell
   elseif redis.call('EXISTS', KEYS[FIRST_QUEUE + i - 1]) == 0 then
     bells[#bells + 1] = bell

@@ -4,11 +4,14 @@
 -- KEYS: 1 open tasks, 2 cancelled ids, 3 task record, 4 result key, 5 body key.
 -- ARGV: 1 task id, 2 state, 3 result ('' if nobody will read one), 4 seconds the result is kept,
 --       5 seconds the id stays among the cancelled ones.
+-- The cancelled ids go one by one as others come, and all at once when the last of them has stayed its time.
 -- Returns 1 if this call settled the task, 0 if somebody else has.
 if redis.call('ZREM', KEYS[1], ARGV[1]) == 0 then return 0 end
 local now = tonumber(redis.call('TIME')[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 redis.call('ZADD', KEYS[2], now + tonumber(ARGV[5]), ARGV[1])
+local furthest = redis.call('ZREVRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]
+redis.call('EXPIREAT', KEYS[2], math.ceil(tonumber(furthest)))
 if ARGV[3] ~= '' then
   redis.call('SETEX', KEYS[4], ARGV[4], ARGV[3])
   redis.call('PUBLISH', KEYS[4], ARGV[3])

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import FarmError, ModelLoadError, RequestError
-from config_db.spec import ModelSpec, Source
+from config_db.spec import ModelSpec, Placement, Source
 from tasks.messages import Request
 from workers.host.families.protocol import Device
 from workers.host.families.results import dense_items
@@ -40,7 +40,9 @@ def fake_vector(text: str, dim: int = 4) -> npt.NDArray[np.float32]:
 
 def fake_spec(name: str = "fake/one", *, path: Path | str, pinned: bool = False, **options: Any) -> ModelSpec:
     """A spec of the fake family; ``path`` is any directory under the worker's model roots."""
-    return ModelSpec(id=name, family="fake", source=Source(path=str(path)), pinned=pinned, options=options)
+    return ModelSpec(
+        id=name, family="fake", source=Source(path=str(path)), placement=Placement(pinned=pinned), options=options
+    )
 
 
 class AcceleratorError(RuntimeError):

@@ -20,9 +20,11 @@ from common.errors import (
     TaskNotFoundError,
 )
 from tasks import codec, names
-from tasks.client import OVERDUE_GRACE_S, Call, FarmClient
+from tasks.client import FarmClient
+from tasks.following import OVERDUE_GRACE_S
 from tasks.messages import INLINE_BODY_BYTES, Request
 from tasks.names import Lane, Operation
+from tasks.submitting import Call
 from tests.services import RedisServer, wait_until
 from tests.standin import ASYNC_QUEUE, QUEUE, StandIn, vector_of
 

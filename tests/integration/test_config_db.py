@@ -14,10 +14,10 @@ from sqlalchemy.orm import Session
 from common.errors import EpochConflictError, ModelNotFoundError, SetupError
 from config_db.catalog import apply_models
 from config_db.engine import open_engine
-from config_db.epochs import advance_epoch
+from config_db.epochs import lock_epoch, raise_epoch
 from config_db.migrate import migrate
+from config_db.reader import SnapshotReader
 from config_db.schema import EpochRow, FarmEpoch, HistoryRow, ModelRow, Table
-from config_db.snapshot import SnapshotReader
 from config_db.spec import ModelSpec, Source
 from tests.services import PostgresServer, wait_until
 
@@ -138,14 +138,14 @@ def test_a_restored_backup_means_a_full_reload(engine: Engine, start_reader: Sta
         session.execute(text("delete from history where epoch = 3"))
         session.execute(text("delete from epochs where number = 3"))
         session.scalars(select(FarmEpoch)).one().number = 2
-        advance_epoch(session, actor="restore", reason="backup")
+        raise_epoch(session, lock_epoch(session), actor="restore", reason="backup")
     wait_until(lambda: set(reader.current.models) == {"a"}, 2, "the restored contents")
 
 
 def test_a_row_of_a_newer_release_hurts_nobody_else(engine: Engine, start_reader: StartReader) -> None:
     publish(engine, spec("a"))
     with Session(engine) as session, session.begin():
-        epoch = advance_epoch(session, actor="newer", reason="release")
+        epoch = raise_epoch(session, lock_epoch(session), actor="newer", reason="release")
         session.add(ModelRow(id="new", spec={"id": "new", "from_the_future": 1}, epoch=epoch))
     reader = start_reader()
     assert set(reader.current.models) == {"a"}

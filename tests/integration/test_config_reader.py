@@ -14,11 +14,11 @@ from sqlalchemy.orm import Session
 from common.errors import ConfigUnavailableError, SetupError
 from config_db.catalog import apply_models, read_catalog
 from config_db.engine import open_engine, transaction
-from config_db.epochs import advance_epoch
+from config_db.epochs import lock_epoch, raise_epoch
 from config_db.migrate import migrate
+from config_db.reader import SnapshotReader
 from config_db.schema import FarmEpoch, ModelRow
-from config_db.snapshot import SnapshotReader
-from config_db.spec import ModelSpec, Source
+from config_db.spec import ModelSpec, Placement, Source, plain
 from tests.services import PostgresServer, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +33,14 @@ def spec(name: str, **options: object) -> ModelSpec:
 def publish(engine: Engine, *specs: ModelSpec, prune: bool = False) -> int:
     with transaction(engine) as session:
         return apply_models(session, specs, actor="ann", reason="test", prune=prune)
+
+
+def publish_unheard(engine: Engine, one: ModelSpec) -> int:
+    """A new epoch without a nudge."""
+    with transaction(engine) as session:
+        epoch = raise_epoch(session, lock_epoch(session), actor="ann", reason="test")
+        session.add(ModelRow(id=one.id, spec=plain(one), epoch=epoch))
+    return epoch
 
 
 def run_python(code: str, *arguments: str, cwd: Path) -> str:
@@ -64,9 +72,12 @@ def read(reader: SnapshotReader, epoch: int) -> None:
     wait_until(lambda: reader.current.epoch == epoch, 5, f"epoch {epoch}")
 
 
-def test_a_message_of_a_newer_epoch_makes_the_reader_look_at_once(engine: Engine, reader: SnapshotReader) -> None:
+def test_who_meets_a_newer_epoch_makes_the_reader_look_at_once(engine: Engine, reader: SnapshotReader) -> None:
+    """Nobody is told of this epoch."""
     reader.start()
-    read(reader, publish(engine, spec("a")))
+    wait_until(lambda: reader.is_listening, 5, "the reader to listen: it looks then, too")
+    read(reader, publish(engine, spec("before")))
+    read(reader, publish_unheard(engine, spec("a")))
     assert reader.current.model("a") == spec("a")
 
 
@@ -78,7 +89,7 @@ def test_the_catalogue_applied_again_is_no_new_epoch(engine: Engine) -> None:
         source=Source(hub="m"),
         operations=("encode", "score"),
         outputs=("dense", "sparse"),
-        machine_profiles=("l4",),
+        placement=Placement(machine_profiles=("l4",)),
         options={"sizes": (1, 2), "share": 0.1},
     )
     specs = [*read_catalog(ROOT / "catalog"), lists]
@@ -143,7 +154,7 @@ def test_a_writer_that_had_read_the_epoch_before_still_gets_the_next(engine: Eng
         row = session.scalars(select(FarmEpoch)).one()  # held, so that the session still knows what it read
         seen = row.number
         assert publish(engine, spec("other")) == seen + 1
-        assert advance_epoch(session, actor="ann", reason="test") == seen + 2
+        assert raise_epoch(session, lock_epoch(session), actor="ann", reason="test") == seen + 2
 
 
 def test_two_changes_at_once_of_one_model_leave_the_later(engine: Engine) -> None:
@@ -168,7 +179,7 @@ def test_a_change_that_fails_changes_nothing(engine: Engine) -> None:
 
     def fail() -> None:
         with transaction(engine) as session:
-            advance_epoch(session, actor="ann", reason="test")
+            raise_epoch(session, lock_epoch(session), actor="ann", reason="test")
             session.execute(text("select * from no_such_table"))
 
     with pytest.raises(ProgrammingError):
@@ -224,7 +235,7 @@ def test_a_reader_starts_after_a_fork(database_url: str, engine: Engine, tmp_pat
     publish(engine, spec("a"))
     program = """
 import os
-from config_db.snapshot import SnapshotReader
+from config_db.reader import SnapshotReader
 reader = SnapshotReader(sys.argv[1], poll_s=600, copy_path=None)
 child = os.fork()
 reader.start()
@@ -248,7 +259,7 @@ monkey.patch_all()
 import gevent
 from sqlalchemy import text
 from config_db.engine import open_engine
-from config_db.snapshot import SnapshotReader
+from config_db.reader import SnapshotReader
 blocker = open_engine(sys.argv[1]).connect()
 blocker.execute(text("lock table farm_epoch in access exclusive mode"))
 reader = SnapshotReader(sys.argv[1], poll_s=600, copy_path=None)

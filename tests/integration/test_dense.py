@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from common.errors import InferenceError, ModelLoadError, RequestError
-from config_db.catalog import spec_of_directory
+from config_db.model_folders import spec_of_directory
 from tasks import codec
 from tasks.messages import Request
 from workers.host.families.dense import DenseFamily, DenseModel
@@ -349,9 +349,11 @@ def _spoil_dense_layer(folder: Path) -> None:
 def test_a_folder_that_cannot_be_served_rightly_is_refused(
     spoil: Callable[[Path], None], tiny: list[Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(tiny[0] / "st", tmp_path / "st")
-    spoil(tmp_path / "st")
+    folder = tmp_path / "st"
+    shutil.copytree(tiny[0] / "st", folder)
+    spec = msgspec.structs.replace(spec_of_directory(folder), precision="float32")
+    spoil(folder)
     with pytest.raises(Exception, match=r"pooling|module|header|safetensors") as caught:
-        load(tmp_path / "st")
+        DenseFamily().load(spec, folder, Device())
     if spoil is not _spoil_weights:  # foreign errors become a ModelLoadError in the loader
         assert isinstance(caught.value, ModelLoadError)

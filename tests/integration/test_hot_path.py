@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from celery import Celery
 
-from config_db.spec import Limits
+from config_db.spec import Limits, Placement
 from tasks import codec, names
 from tasks.app import build_app
 from tasks.messages import Outcome
@@ -120,7 +120,10 @@ def test_more_models_than_fit_are_all_served(live: LiveFarm) -> None:
 def test_a_model_to_preload_is_resident_before_anyone_asks(live: LiveFarm) -> None:
     """At the start of a worker, and when it is published later."""
     fields = msgspec.structs.asdict(fake_spec("fake/early"))
-    early, late = (type(fake_spec())(**{**fields, "id": name, "preload": True}) for name in ("fake/early", "fake/late"))
+    early, late = (
+        type(fake_spec())(**{**fields, "id": name, "placement": Placement(preload=True)})
+        for name in ("fake/early", "fake/late")
+    )
     live.add_models(early)
     worker = live.start_worker()
 

@@ -10,15 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ModelLoadError, RequestError
-from common.settings import WorkerSettings, load_settings
 from tasks import codec
 from tests.fakes.family import PLACE, FakeFamily, fake_spec, fake_vector
-from workers import host_link
 from workers.host import frames, stages
 from workers.host.families import registry, results
 from workers.host.frames import Batch, Introduce, Load
 from workers.host.stages import Board, Slot, Stage
-from workers.host_link import host_config, usable_cores
+from workers.hosts.watchdog import overdue
 
 
 @given(st.lists(st.binary(max_size=300), max_size=8), st.integers(1, 64))
@@ -69,17 +67,17 @@ def test_a_process_that_was_frozen_is_not_taken_for_hanging() -> None:
     descriptor = stages.create_board()
     board = Board(descriptor)
     os.close(descriptor)
-    sent = {7: host_link.Sent(hang_s=0.0)}
+    limits = {7: 0.0}
     with board.noted(Slot.COMPUTE, Stage.COMPUTE, batch=7):
-        assert host_link.overdue(board, sent, excused=0.0) == "hang"
-        assert host_link.overdue(board, sent, excused=monotonic() + 1.0) is None
-        assert host_link.overdue(board, {8: host_link.Sent(hang_s=0.0)}, excused=0.0) is None
-    assert host_link.overdue(board, sent, excused=0.0) is None
+        assert overdue(board, limits, excused=0.0) == "hang"
+        assert overdue(board, limits, excused=monotonic() + 1.0) is None
+        assert overdue(board, {8: 0.0}, excused=0.0) is None
+    assert overdue(board, limits, excused=0.0) is None
     board.close()
 
 
 def test_extra_families_come_first_and_an_unknown_one_is_named() -> None:
-    assert isinstance(registry.find("fake", registry.parse_extra(f"fake={PLACE}")), FakeFamily)
+    assert isinstance(registry.find("fake", {"fake": PLACE}), FakeFamily)
     with pytest.raises(ModelLoadError, match="no model family 'fake'; known are dense") as refused:
         registry.find("fake", {})
     assert refused.value.details["permanent"]
@@ -135,16 +133,3 @@ def test_all_refused_items_are_listed_and_the_first_speaks() -> None:
     error = results.item_errors({3: RequestError("third", param="c"), 1: RequestError("first", param="a")})
     assert (error.message, error.param) == ("first", "a")
     assert [item["index"] for item in error.details["items"]] == [1, 3]
-
-
-def test_hosts_follow_the_settings() -> None:
-    config = host_config(
-        load_settings(WorkerSettings, device="cpu", extra_families=f"fake={PLACE}", preload_families="fake")
-    )
-    assert config.hosts == usable_cores() >= 1
-    assert config.devices == ("cpu",)
-    assert config.preimport == ("tests.fakes.family",)
-    assert config.batch_max_tokens == 2048
-    two = host_config(load_settings(WorkerSettings, device="cuda:1", hosts=2, preload_families=""))
-    assert (two.devices, two.hosts, two.preimport, two.batch_max_tokens) == (("cuda:1",), 2, (), 16384)
-    assert two.setup().hosts_per_device == 2

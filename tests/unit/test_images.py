@@ -19,18 +19,21 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, EXTRAS = PYPROJECT["project"], PYPROJECT["project"]["optional-dependencies"]
 LOCK = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
 RUNS = {
-    "web": ("webapp.gunicorn_conf", "webapp.main", "webapp.gunicorn_worker"),
+    "web": ("webapp.gunicorn_conf", "webapp.main", "webapp.gunicorn_worker", "huggingface_hub.utils", "httpx"),
     "worker": ("workers.app", "workers.host.main", "workers.weights.resolve", "kombu.transport.redis", "msgpack"),
     "flower": (
         "cli.main",
         "cli.catalogue",
+        "cli.changes",
+        "cli.converging",
+        "cli.export_folder",
         "cli.dead_letters",
         "config_db.migrate",
         "flower.command",
         "kombu.transport.redis",
     ),
 }
-"""What is started in each image, and what Celery imports only when it needs it.
+"""What is started in each image, and what is imported only when it is needed.
 
 The hosts' families are left out: torch takes seconds to import.
 """

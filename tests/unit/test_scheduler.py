@@ -1,36 +1,7 @@
 """Which micro-batch runs next, with literals for hosts and clock."""
 
-import itertools
-from collections import Counter
-from typing import Any
-
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tasks.names import LANES, Lane
-from workers.scheduler import BatchLimits, Pick, Policy, Scheduler, Work
-
-A, B = "spec-a", "spec-b"
-HERE = frozenset({A})
-_numbers = itertools.count(1)
-
-
-def work(key: str = "a", *, spec: str = A, lane: Lane = Lane.INTERACTIVE, tenant: str = "t", **rest: Any) -> Work:
-    fields = {"items": 1, "tokens": 10, "arrived": 0.0, "deadline": 1000.0, **rest}
-    return Work(id=next(_numbers), key=key, spec=spec, lane=lane, tenant=tenant, **fields)
-
-
-def scheduler(*works: Work, max_items: int = 64, max_tokens: int = 1000, **policy: Any) -> Scheduler:
-    made = Scheduler(BatchLimits(max_items, max_tokens), Policy(**policy))
-    for one in works:
-        made.add(one)
-    return made
-
-
-def ids(pick: Pick | None) -> list[int]:
-    assert pick is not None
-    return [one.id for one in pick.works]
+from tests.unit.works import HERE, A, B, ids, scheduler, work
 
 
 def test_requests_of_one_key_share_a_batch_in_order_of_arrival() -> None:
@@ -103,28 +74,27 @@ def test_a_model_resident_elsewhere_is_not_loaded_here_at_once() -> None:
     assert made.pick(1.1, resident=HERE, elsewhere={B}) is not None
 
 
-def test_loading_takes_at_most_a_quarter_of_the_time_while_resident_work_waits() -> None:
-    """Two models that thrash one slot, in a simulated clock."""
-    made = scheduler(unmeasured_load_s=0.1)
-    now, resident, loading_s = 0.0, A, 0.0
-    while now < 100:
-        for key, spec in (("a", A), ("b", B)):
-            if sum(one.key == key for one, _ in made._works.values()) < 5:
-                made.add(work(key, spec=spec, arrived=now, deadline=now + 1000))
-        pick = made.pick(now, resident={resident})
-        assert pick is not None
-        if pick.loads:
-            resident, loading_s, now = pick.spec, loading_s + 0.1, now + 0.1
-            made.note_load(now, pick.spec, 0.1)
-        now += 0.01
-        made.finished(pick)
-    assert 0 < loading_s / now <= 0.26
-
-
 def test_free_hosts_share_what_waits() -> None:
     made = scheduler(*(work() for _ in range(9)))
-    assert len(ids(made.pick(0, resident=HERE, hosts=2))) == 5
-    assert len(ids(made.pick(0, resident=HERE, hosts=1))) == 4
+    assert [len(ids(made.pick(0, resident=HERE, hosts=hosts))) for hosts in (2, 2, 1)] == [5, 2, 2]
+
+
+def test_the_first_of_an_urgent_lane_goes_before_older_ones_of_another_key() -> None:
+    old, urgent = work("a", lane=Lane.STANDARD), work("b", arrived=5.0)
+    assert ids(scheduler(old, urgent).pick(6, resident=HERE)) == [urgent.id]
+
+
+def test_of_keys_in_one_lane_the_one_whose_first_waited_longest_comes_next() -> None:
+    works = [work("a"), work("b", arrived=3.0), work("a", arrived=5.0)]
+    made = scheduler(*works, max_items=1)
+    assert [ids(made.pick(6, resident=HERE)) for _ in works] == [[one.id] for one in works]
+
+
+def test_a_batch_takes_no_more_of_a_line_after_one_that_does_not_fit() -> None:
+    first, large, small = work(tokens=50), work(tokens=80), work(tokens=10)
+    made = scheduler(first, large, small, max_tokens=100)
+    assert ids(made.pick(0, resident=HERE)) == [first.id]
+    assert ids(made.pick(0, resident=HERE)) == [large.id, small.id]
 
 
 def test_max_concurrency_is_kept() -> None:
@@ -149,6 +119,31 @@ def test_halves_of_a_lost_batch_run_first_and_exactly_as_given() -> None:
     assert ids(made.pick(0, resident=HERE)) == [one.id for one in waiting]
 
 
+def test_of_a_half_only_those_still_wanted_run() -> None:
+    late, removed, stays = work(deadline=1.0), work(), work()
+    made = scheduler()
+    made.add_together([late, removed, stays])
+    made.remove(removed.id)
+    assert ids(made.pick(2.0, resident=HERE)) == [stays.id]
+    assert [one.id for one in made.take_expired(2.0)] == [late.id]
+
+
+def test_a_half_waits_for_a_slot_of_its_model_and_others_pass() -> None:
+    made = scheduler(work("b", spec=B))
+    made.set_concurrency(A, 1)
+    made.add(work())
+    running = made.pick(0, resident={A})
+    assert running is not None
+    half = [work(), work()]
+    made.add_together(half)
+    other = made.pick(0, resident={B})
+    assert other is not None
+    assert other.spec == B
+    assert made.pick(0, resident={A}) is None
+    made.finished(running)
+    assert ids(made.pick(0, resident={A})) == [one.id for one in half]
+
+
 def test_a_request_that_ran_when_a_worker_died_runs_alone() -> None:
     before, suspect, after = work(), work(alone=True), work()
     made = scheduler(before, suspect, after)
@@ -166,77 +161,15 @@ def test_the_expired_are_not_picked_but_handed_out_once() -> None:
 
 
 def test_the_removed_are_gone() -> None:
-    gone, stays = work(), work()
-    made = scheduler(gone, stays)
-    assert made.remove(gone.id) is gone
-    assert made.remove(gone.id) is None
-    assert ids(made.pick(0, resident=HERE)) == [stays.id]
-
-
-@pytest.mark.parametrize(("weight", "share"), [(1.0, 0.5), (3.0, 0.75)])
-def test_tenants_share_by_weight(weight: float, share: float) -> None:
-    made = scheduler(max_items=1, tenant_weights={"big": weight})
-    for tenant in ("big", "small"):
-        for _ in range(300):
-            made.add(work(tenant, tenant=tenant))
-    served = Counter(pick.works[0].tenant for _ in range(200) if (pick := made.pick(0, resident=HERE)))
-    assert served["big"] / 200 == pytest.approx(share, abs=0.03)
-
-
-def test_a_tenant_that_was_away_has_saved_up_nothing() -> None:
-    made = scheduler(max_items=1)
-    for _ in range(50):
-        made.add(work("busy", tenant="busy"))
-        made.pick(0, resident=HERE)
-    for tenant in ("busy", "new"):
-        for _ in range(50):
-            made.add(work(tenant, tenant=tenant))
-    served = Counter(pick.works[0].tenant for _ in range(20) if (pick := made.pick(0, resident=HERE)))
-    assert served["busy"] >= 9
-
-
-SPECS = st.sampled_from(["s1", "s2", "s3"])
-WORKS = st.builds(
-    lambda key, spec, lane, tenant, items, tokens, deadline, alone: work(
-        f"{key}{spec}", spec=spec, lane=lane, tenant=tenant, items=items, tokens=tokens, deadline=deadline, alone=alone
-    ),
-    st.sampled_from("kl"),
-    SPECS,
-    st.sampled_from(LANES),
-    st.sampled_from("tu"),
-    st.integers(1, 40),
-    st.integers(1, 2000),
-    st.floats(1, 100),
-    st.booleans(),
-)
-
-
-@given(works=st.lists(WORKS, max_size=60), removed=st.sets(st.integers(0, 59)), resident=st.sets(SPECS))
-def test_every_work_is_picked_expired_or_removed_exactly_once(
-    works: list[Work], removed: set[int], resident: set[str]
-) -> None:
+    works = [work() for _ in range(5)]
     made = scheduler(*works)
-    ended = Counter(one.id for place, one in enumerate(works) if place in removed and made.remove(one.id))
-    now = 0.0
-    while len(made):
-        pick = made.pick(now, resident=resident)
-        if pick is not None:
-            assert len({one.key for one in pick.works}) == 1
-            assert len(pick.works) == 1 or (pick.items <= 64 and pick.tokens <= 1000)
-            assert len(pick.works) == 1 or not any(one.alone for one in pick.works)
-            ended.update(one.id for one in pick.works)
-            made.finished(pick)
-        ended.update(one.id for one in made.take_expired(now))
-        now += 1.0
-    assert ended == Counter(one.id for one in works)
+    for place in (3, 1, 0):  # two inside the line, then its first, so that the one behind the next comes forward
+        assert made.remove(works[place].id) is works[place]
+        assert made.remove(works[place].id) is None
+    assert ids(made.pick(0, resident=HERE)) == [works[2].id, works[4].id]
+    assert made.waiting_by_lane == dict.fromkeys(LANES, 0)
 
 
-@given(works=st.lists(WORKS, max_size=60))
-def test_within_key_lane_and_tenant_the_first_comes_first(works: list[Work]) -> None:
-    made = scheduler(*works)
-    order: list[Work] = []
-    while (pick := made.pick(0.0, resident={"s1", "s2", "s3"})) is not None:
-        order += pick.works
-    for one, other in itertools.pairwise(order):
-        same = (one.key, one.lane, one.tenant) == (other.key, other.lane, other.tenant)
-        assert not same or one.alone or other.alone or one.id < other.id
+def test_waiting_is_counted_by_lane() -> None:
+    made = scheduler(work(), work(lane=Lane.BATCH), work(lane=Lane.BATCH))
+    assert made.waiting_by_lane == {**dict.fromkeys(LANES, 0), Lane.INTERACTIVE: 1, Lane.BATCH: 2}

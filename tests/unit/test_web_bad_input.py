@@ -9,6 +9,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from common.settings import WebSettings
+from config_db.snapshot import Snapshot
 from tasks.client import FarmClient
 from tests.standin import SPECS, StaticSnapshots
 from webapp.app import create_app
@@ -135,11 +136,16 @@ def test_other_content_types_are_refused(web: FlaskClient, kind: str) -> None:
     error_of(post(web, b'{"items": [{"text": "a"}]}', kind), 415, "UNSUPPORTED_MEDIA_TYPE")
 
 
-@pytest.mark.parametrize("path", ["/v1/encode/org/n", "/v1/encode/org/m/", "/v1/encode/m%00", "/v1/encode/../x"])
-def test_an_unknown_model_is_not_found_and_the_nearest_are_named(web: FlaskClient, path: str) -> None:
-    error = error_of(post(web, b'{"items": [{"text": "a"}]}', path=path), 404, "MODEL_NOT_FOUND")
-    assert error["nearest"] == ["org/m"]
-    assert "did you mean" in error["message"]
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [("org/n", ["org/m", "org/rank"]), ("org/m/", ["org/m"]), ("m%00", ["org/m"]), ("../x", [])],
+)
+def test_an_unknown_model_is_not_found_and_the_nearest_are_named(
+    web: FlaskClient, path: str, nearest: list[str]
+) -> None:
+    error = error_of(post(web, b'{"items": [{"text": "a"}]}', path=f"/v1/encode/{path}"), 404, "MODEL_NOT_FOUND")
+    assert error["nearest"] == nearest
+    assert ("did you mean" in error["message"]) == bool(nearest)
 
 
 def test_an_unknown_model_is_not_found_on_reading_either(web: FlaskClient) -> None:
@@ -232,7 +238,7 @@ def test_what_breaks_inside_is_a_500_without_details(web: FlaskClient, monkeypat
     def broken(*_: Any) -> Any:
         raise KeyError("secret")
 
-    monkeypatch.setattr(StaticSnapshots, "model", broken)
+    monkeypatch.setattr(Snapshot, "model", broken)
     response = post(web, b'{"items": [{"text": "a"}]}')
     error_of(response, 500, "INTERNAL_ERROR")
     assert "secret" not in response.text

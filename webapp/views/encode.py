@@ -5,9 +5,9 @@ from time import monotonic
 from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
-from tasks.client import Call
 from tasks.names import Operation
-from webapp import admission, routing
+from tasks.submitting import Call
+from webapp import admission, hub_models, routing
 from webapp.farm import Farm, farm
 from webapp.wire import answers, bodies
 from webapp.wire.headers import is_msgpack_body
@@ -32,10 +32,12 @@ def encode(model: str) -> ResponseReturnValue:
 
 def _read_call(here: Farm, model: str, *, asynchronous: bool) -> Call:
     """The model of this name and the request as its host reads it, checked."""
-    settings, served = here.settings, here.served
-    spec = served.model(model)
+    settings = here.settings
+    spec, epoch = hub_models.find(here, model)
+    admission.check_supported(spec, settings.family_places)
     admission.check_operation(spec, Operation.ENCODE)
     body = bodies.read(bodies.EncodeBody, max_bytes=settings.max_body_bytes)
+    spec = admission.choose_profile(spec, body.params)
     request = admission.encode_request(
         spec, body, max_items=settings.max_items, max_item_text_bytes=settings.max_item_text_bytes
     )
@@ -51,5 +53,5 @@ def _read_call(here: Farm, model: str, *, asynchronous: bool) -> Call:
         pool=route.pool,
         machine_profile=route.machine_profile,
         timeout_s=routing.timeout_s(here, spec, asynchronous=asynchronous),
-        epoch=served.epoch,
+        epoch=epoch,
     )

@@ -4,7 +4,7 @@ from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
 from common.errors import QueueUnavailableError
-from tasks.client import WorkerView
+from tasks.live_workers import WorkerView
 from tasks.names import Lane, queue_name
 from webapp.farm import Farm, farm
 from webapp.wire import answers

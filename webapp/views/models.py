@@ -1,45 +1,58 @@
 """``/v1/models``: what is served, and whether it is loaded now. Reading never loads a model."""
 
-from typing import Any
+from typing import Any, Final
 
 from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
-from config_db.spec import ModelSpec
+from common.errors import ModelUnsupportedError
+from config_db.families import why_unsupported
+from config_db.spec import DEFAULT_PROFILE, ModelSpec, plain
 from webapp.farm import farm
 from webapp.wire import answers
 
 bp = Blueprint("models", __name__)
 
+_THE_MODEL: Final = {"is_default": True}
+
 
 @bp.get("/v1/models")
 def index() -> ResponseReturnValue:
-    """All models, by name."""
+    """All models, and their profiles as models of their own, by name."""
     resident = farm().fleet.resident()
-    specs = sorted(farm().served.models.values(), key=lambda spec: spec.id)
+    specs = sorted(farm().served.all_specs(), key=lambda spec: spec.id)
     return answers.answer({"models": [_info(spec, is_loaded=spec.digest in resident) for spec in specs]})
 
 
 @bp.get("/v1/models/<path:model>")
 def show(model: str) -> ResponseReturnValue:
-    """One model."""
+    """One model, by its id, an alias, or ``<either>:<profile>``."""
     spec = farm().served.model(model)
     info = _info(spec, is_loaded=spec.digest in farm().fleet.resident())
     return answers.answer({**info, "id": spec.id, "object": "model", "created": 0, "owned_by": "farmhand"})
 
 
 def _info(spec: ModelSpec, *, is_loaded: bool) -> dict[str, Any]:
+    unsupported = why_unsupported(spec)
     return {
         "name": spec.id,
         "inputs": list(spec.inputs),
         "outputs": list(spec.outputs),
         "dims": dict(spec.dims),
         "loaded": is_loaded,
-        "state": "loaded" if is_loaded else "available",
-        "last_error": None,
+        "state": "unsupported" if unsupported is not None else "loaded" if is_loaded else "available",
+        "last_error": _never_served(unsupported) if unsupported is not None else None,
         "max_sequence_length": spec.max_length,
-        "profiles": {"default": {"is_default": True}},
+        "profiles": {
+            DEFAULT_PROFILE: _THE_MODEL,
+            **{name: {"is_default": False, **plain(profile)} for name, profile in spec.profiles.items()},
+        },
         "revision": spec.source.revision,
         "capabilities": None,
-        "aliases": [],
+        "aliases": list(spec.aliases),
     }
+
+
+def _never_served(reason: str) -> dict[str, Any]:
+    """Why, in the form of an error that was met when loading."""
+    return {"code": ModelUnsupportedError.code, "message": reason, "attempts": 0, "permanent": True}

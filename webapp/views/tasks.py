@@ -1,14 +1,14 @@
 """``/v1/tasks/<id>``: what has become of an asynchronous request; cancelling it."""
 
-from math import isfinite
 from typing import Final
 
-from flask import Blueprint, request
+from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
-from common.errors import RequestError, TaskNotFoundError
+from common.errors import TaskNotFoundError
 from webapp.farm import farm
 from webapp.wire import answers
+from webapp.wire.queries import read_wait_s
 
 bp = Blueprint("tasks", __name__)
 
@@ -19,7 +19,7 @@ MAX_ID_LENGTH: Final = 64
 @bp.get("/v1/tasks/<path:task_id>")
 def show(task_id: str) -> ResponseReturnValue:
     """The task's state, and its result or error once it has ended; ``?wait=s`` waits for that."""
-    return answers.task_answer(farm().client.task(_sane(task_id), wait_s=_wait_s()))
+    return answers.task_answer(farm().client.task(_sane(task_id), wait_s=read_wait_s(MAX_WAIT_S)))
 
 
 @bp.delete("/v1/tasks/<path:task_id>")
@@ -32,14 +32,3 @@ def _sane(task_id: str) -> str:
     if len(task_id) > MAX_ID_LENGTH or not task_id.isascii() or not task_id.isprintable():
         raise TaskNotFoundError("no task has such an id", param="task_id")
     return task_id
-
-
-def _wait_s() -> float:
-    text = request.args.get("wait", "0")
-    try:
-        wait_s = float(text)
-    except ValueError:
-        wait_s = -1.0
-    if not isfinite(wait_s) or wait_s < 0:
-        raise RequestError("wait takes a number of seconds, zero or more", param="wait")
-    return min(wait_s, MAX_WAIT_S)

@@ -11,9 +11,9 @@ import msgspec
 from flask import Response
 
 from tasks import codec
-from tasks.client import TaskView
 from tasks.messages import RESULT_FIELD, Outcome
 from tasks.names import Operation
+from tasks.records import TaskView
 from webapp.wire.headers import JSON, MSGPACK, set_common, wants_msgpack
 
 _encoder: Final = msgspec.msgpack.Encoder()

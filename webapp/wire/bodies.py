@@ -56,7 +56,7 @@ def read(kind: type[T], *, max_bytes: int) -> T:
         RequestError: broken, or not of this shape; ``param`` is the field's path.
     """
     as_msgpack = is_msgpack_body()
-    raw = _bytes(max_bytes)
+    raw = read_raw(max_bytes)
     if not raw:
         raise RequestError("the request has no body")
     try:
@@ -93,8 +93,13 @@ def check_free_form(value: object, *, param: str, depth: int = 0) -> None:
         raise RequestError(f"{param} is of a kind that cannot be read here", param=param)
 
 
-def _bytes(max_bytes: int) -> bytes:
-    """The body, of a stated length or chunked."""
+def read_raw(max_bytes: int) -> bytes:
+    """The body as it came, of a stated length or chunked.
+
+    Raises:
+        BodyTooLargeError: more than ``max_bytes``.
+        RequestError: it ended early, or nothing more of it came.
+    """
     environ = request.environ
     stated = environ.get("CONTENT_LENGTH")
     if stated and not (stated.isascii() and stated.isdigit()):
@@ -119,7 +124,9 @@ def _bytes(max_bytes: int) -> bytes:
 
 
 def _too_large(max_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"the body is larger than {max_bytes} bytes: send fewer items in one request")
+    return BodyTooLargeError(
+        f"the body is larger than the {max_bytes} bytes that this route takes: send less in one request"
+    )
 
 
 def _mismatch(message: str) -> RequestError:

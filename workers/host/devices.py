@@ -1,6 +1,7 @@
 """The device of one host: what torch calls it, how much of it models may hold, and which errors speak of it.
 
 torch is asked only if it has been imported or the device is a GPU: a host of families without torch never imports it.
+``python -m workers.host.devices <worker's pid>`` prints the number of GPUs, for a worker that must know at its start.
 """
 
 import gc
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 from workers.host.families.protocol import Device
 from workers.host.frames import HostSetup
+from workers.host.orphans import die_with_parent
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
 _MEMINFO: Final = Path("/proc/meminfo")
@@ -27,6 +29,13 @@ def open_device(name: str, setup: HostSetup) -> Device:
     torch.cuda.set_device(index)
     torch.zeros(1, device=name)
     return Device(kind="cuda", index=index, name=name, pass_tokens=setup.pass_tokens)
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use; no context is made on any of them."""
+    import torch
+
+    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
 
 
 def set_threads(count: int) -> None:
@@ -87,3 +96,8 @@ def _cgroup_room() -> Iterator[int]:
     for limit, usage in pairs:
         with suppress(OSError, ValueError):  # no such file, or "max"
             yield max(0, int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text()))
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    sys.stdout.write(f"{count_gpus()}\n")

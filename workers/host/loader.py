@@ -93,7 +93,7 @@ class Loader:
             estimate = family.estimate_bytes(spec, files)
             with self._residency.reserved(digest, estimate, wait_s=wait_s, idle_s=idle_s):
                 model = self._load_files(family, spec, files)
-                size = self._residency.admit(digest, model, pinned=spec.pinned, wait_s=wait_s)
+                size = self._residency.admit(digest, model, pinned=spec.placement.pinned, wait_s=wait_s)
         except Exception as error:
             raise self._remember(digest, spec, error) from error
         self._failures.pop(digest, None)

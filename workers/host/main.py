@@ -1,6 +1,6 @@
 """The zygote: imports what hosts need, once, and forks a host whenever the worker asks for one.
 
-``python -m workers.host.main <control descriptor> <worker's pid>``, started by exec from ``workers.host_link``. A new
+``python -m workers.host.main <control descriptor> <worker's pid>``, started by exec from ``workers.hosts``. A new
 host is there in milliseconds and shares the imported pages, so a standby is always at hand and costs nothing. The
 zygote starts no thread, touches no device and tokenises nothing: what it did not begin, a fork cannot break.
 

@@ -39,6 +39,7 @@ from workers.host.encoder import (
 )
 from workers.host.families import results
 from workers.host.families.dense_folder import POOLINGS, Folder, read_folder, refusal
+from workers.host.families.dense_prompts import wording
 from workers.host.families.protocol import Device
 from workers.host.packing import Pass, plan
 
@@ -122,7 +123,7 @@ class DenseModel:
         self.bytes = runner.bytes + sum(one.numel() * one.element_size() for one in head.parameters())
 
     def prepare(self, operation: str, requests: Sequence[Request]) -> PreparedTexts:
-        """Check, prefix and tokenise every text in one call of the tokenizer."""
+        """Check, word and tokenise every text in one call of the tokenizer."""
         if operation != "encode":
             raise RequestError(f"{self._spec.id} does not {operation}", param="model")
         texts: list[str] = []
@@ -180,11 +181,11 @@ class DenseModel:
         self._skeletons.give_back(self._architecture, module)
 
     def _read(self, request: Request, texts: list[str]) -> _Texts:
-        """Append a request's texts, prefixed; one that cannot be read gets its error alone."""
+        """Append a request's texts, worded; one that cannot be read gets its error alone."""
         start = len(texts)
         try:
             self._check(request)
-            texts += self._prefixed(request)
+            texts += self._worded(request)
         except RequestError as error:
             del texts[start:]
             return _Texts(request, slice(start, start), error=error)
@@ -204,33 +205,20 @@ class DenseModel:
             raise RequestError(f"pooling is one of {', '.join(POOLINGS)}", param="params.options.pooling")
         results.check_output_dtype(_output_dtype(request))
 
-    def _prefixed(self, request: Request) -> list[str]:
-        prompt = self._prompt(request)
+    def _worded(self, request: Request) -> list[str]:
+        word = wording(request, self._spec, self._folder)
         errors: dict[int, RequestError] = {}
         found: list[str] = []
         for place, item in enumerate(request.items):
             text = item.get("text") if isinstance(item, dict) else item
             if isinstance(text, str):
-                text = prompt + text.strip()
+                text = word(text)
                 found.append(text.lower() if self._folder.lower_case else text)
             else:
                 errors[place] = RequestError("an item has a text, as a string", param=f"items[{place}].text")
         if errors:
             raise results.item_errors(errors)
         return found
-
-    def _prompt(self, request: Request) -> str:
-        """The prefix of this request's texts: its own instruction, else the model's prompt for their kind."""
-        instruction = request.instruction or request.options.get("instruction")
-        if isinstance(instruction, str) and instruction:
-            return instruction
-        is_query = request.options.get("is_query")
-        if is_query is not None:
-            names = ("query",) if is_query else ("document", "passage", "corpus")
-            found = next((self._folder.prompts[name] for name in names if name in self._folder.prompts), None)
-            if found is not None:
-                return found
-        return self._folder.prompt(self._folder.default_prompt or "")
 
 
 class DenseFamily:

@@ -30,13 +30,3 @@ def find(name: str, extra: Mapping[str, str]) -> Family:
             f"the code of model family {name!r} cannot be imported: {error}", details=details
         ) from error
     return maker()
-
-
-def parse_extra(setting: str) -> dict[str, str]:
-    """Read ``name=module:Class,name=module:Class``.
-
-    >>> parse_extra("fake=tests.fakes.family:FakeFamily")
-    {'fake': 'tests.fakes.family:FakeFamily'}
-    """
-    pairs = (entry.partition("=") for entry in setting.split(",") if entry.strip())
-    return {name.strip(): place.strip() for name, _, place in pairs}

@@ -1,0 +1,120 @@
+"""What was changed, field by field, by whom and why: the history, newest first, and what differs between two epochs.
+
+How many rows each epoch changed, in one cheap reading, is for ``epoch_entries``.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from datetime import datetime
+from typing import Any, Final, Literal
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import exists, func, select
+from sqlalchemy.orm import Session
+
+from config_db.diff import Difference, differences, is_same
+from config_db.publish import RESTORED, contents_at
+from config_db.schema import EpochRow, HistoryRow, Kind
+
+MOST_CHANGES: Final = 100
+"""So many changes of one epoch are listed; an epoch of a whole catalogue has more."""
+_SECRET: Final = frozenset(("secret_sha256",))
+
+
+class RowChange(msgspec.Struct, frozen=True):
+    """What became of one row, field by field."""
+
+    kind: Kind
+    name: str
+    action: Literal["added", "changed", "removed"]
+    fields: tuple[Difference, ...]
+
+
+class HistoryEntry(msgspec.Struct, frozen=True):
+    """One epoch. ``changes`` are its first ``MOST_CHANGES``, ``change_count`` says how many there are."""
+
+    epoch: int
+    epoch_id: UUID
+    actor: str
+    reason: str
+    at: datetime
+    change_count: int
+    changes: tuple[RowChange, ...]
+
+
+def read_history(
+    session: Session, *, limit: int, before: int | None = None, model: str | None = None
+) -> list[HistoryEntry]:
+    """The last epochs, newest first.
+
+    Args:
+        session: the caller's.
+        limit: of how many.
+        before: only epochs older than this one.
+        model: only epochs that changed this model; all that they changed is told.
+    """
+    statement = select(EpochRow).order_by(EpochRow.number.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(EpochRow.number < before)
+    if model is not None:
+        is_of_model = (HistoryRow.epoch == EpochRow.number, HistoryRow.kind == "model", HistoryRow.name == model)
+        statement = statement.where(exists().where(*is_of_model))
+    epochs = session.scalars(statement).all()
+    changes, totals = _changes_of(session, [row.number for row in epochs])
+    return [
+        HistoryEntry(
+            epoch=row.number,
+            epoch_id=row.id,
+            actor=row.actor,
+            reason=row.reason,
+            at=row.raised_at,
+            change_count=totals.get(row.number, 0),
+            changes=tuple(changes.get(row.number, ())),
+        )
+        for row in epochs
+    ]
+
+
+def changes_between(session: Session, old: int, new: int) -> list[RowChange]:
+    """What differs between the contents of two epochs, keys apart.
+
+    Args:
+        session: of a transaction in which every statement sees the same (REPEATABLE READ).
+        old: an epoch.
+        new: another, earlier or later.
+
+    Raises:
+        NotFoundError: there was no such epoch.
+    """
+    then, now = contents_at(session, old), contents_at(session, new)
+    return [
+        describe(kind, name, then[kind].get(name), now[kind].get(name))
+        for kind in RESTORED
+        for name in sorted({*then[kind], *now[kind]})
+        if not is_same(then[kind].get(name), now[kind].get(name))
+    ]
+
+
+def describe(kind: Kind, name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> RowChange:
+    """A row as it was and is; None: it was not, or is not, there. Secrets are left out."""
+    action: Literal["added", "changed", "removed"] = "changed"
+    if before is None or after is None:
+        action = "added" if before is None else "removed"
+    found = differences(before or {}, after or {})
+    return RowChange(kind, name, action, tuple(one for one in found if one.path not in _SECRET))
+
+
+def _changes_of(session: Session, epochs: Collection[int]) -> tuple[dict[int, list[RowChange]], dict[int, int]]:
+    """The first changes of each epoch, and how many there are."""
+    place = func.row_number().over(partition_by=HistoryRow.epoch, order_by=HistoryRow.id).label("place")
+    total = func.count().over(partition_by=HistoryRow.epoch).label("total")
+    columns = (HistoryRow.epoch, HistoryRow.kind, HistoryRow.name, HistoryRow.before, HistoryRow.after, place, total)
+    numbered = select(*columns).where(HistoryRow.epoch.in_(list(epochs))).subquery()
+    first = select(numbered).where(numbered.c.place <= MOST_CHANGES).order_by(numbered.c.epoch, numbered.c.place)
+    changes: dict[int, list[RowChange]] = defaultdict(list)
+    totals: dict[int, int] = {}
+    for row in session.execute(first):
+        changes[row.epoch].append(describe(row.kind, row.name, row.before, row.after))
+        totals[row.epoch] = row.total
+    return changes, totals

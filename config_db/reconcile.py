@@ -1,0 +1,109 @@
+"""What has to change for the config DB to say what files say, and the one epoch that changes it."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import msgspec
+from sqlalchemy.orm import Session
+
+from common.errors import ConfigError
+from config_db.access import DEFAULT_TENANT, KeySpec, PoolSpec
+from config_db.config_files import LEASED, STAMPED, ConfigFiles
+from config_db.engine import time_now
+from config_db.epochs import lock_epoch
+from config_db.publish import Change, Delete, Published, Put, live, planned, publish
+from config_db.rows import read_rows
+from config_db.schema import Kind
+
+
+def plan_files(session: Session, files: ConfigFiles, *, prune: bool) -> tuple[Change, ...]:
+    """What ``apply_files`` would change; nothing is written.
+
+    Raises:
+        ConfigError: as ``apply_files``.
+    """
+    changes = planned(session, _writes(session, files, prune=prune))
+    _check_owners(session, changes)
+    return changes
+
+
+def apply_files(
+    session: Session, files: ConfigFiles, *, prune: bool, actor: str, reason: str, expected: int | None = None
+) -> Published:
+    """Publish what the files say as one epoch.
+
+    Args:
+        session: the caller's; the caller commits.
+        files: without faults.
+        prune: also delete what they do not name: models, and those other kinds that some file speaks of. A pool that
+            a client holds under a lease is none of the files' business and stays.
+        actor: who changes it, for the history.
+        reason: why, for the history.
+        expected: the epoch the caller has read.
+
+    Raises:
+        EpochConflictError: something else was published since.
+        ConfigError: two models would share a name, or a pool or a key would belong to a tenant that is not there.
+    """
+    lock_epoch(session)
+    writes = _writes(session, files, prune=prune)
+    published = publish(session, writes, actor=actor, reason=reason, expected=expected)
+    _check_owners(session, published.changes)
+    return published
+
+
+def belongs_in_files(kind: Kind, content: Mapping[str, Any]) -> bool:
+    """Whether a row is the operator's own and no key; a pool under a lease is its client's."""
+    return kind != "key" and not (kind == "pool" and any(field in content for field in LEASED))
+
+
+def _writes(session: Session, files: ConfigFiles, *, prune: bool) -> list[Put | Delete]:
+    pools = live(session, "pool") if "pool" in files.spoken_of else {}
+    puts = [_with_stamp(put, pools.get(put.name)) for put in files.puts]
+    if not prune:
+        return [*puts]
+    kinds: set[Kind] = {"model", *files.spoken_of}
+    named = {(put.kind, put.name) for put in puts}
+    gone = [
+        Delete(kind, name)
+        for kind in sorted(kinds)
+        for name, content in live(session, kind).items()
+        if (kind, name) not in named and belongs_in_files(kind, content)
+    ]
+    return [*puts, *gone]
+
+
+def _with_stamp(put: Put, row: Mapping[str, Any] | None) -> Put:
+    """A pool that is there keeps the instant at which it was made."""
+    if put.kind != "pool" or row is None or STAMPED not in row:
+        return put
+    return msgspec.structs.replace(put, spec={**put.spec, STAMPED: row[STAMPED]})
+
+
+def _check_owners(session: Session, changes: Collection[Change]) -> None:
+    """ConfigError if, after these changes, a pool or a usable key is of a tenant that is not there."""
+    if not any(change.kind in ("tenant", "pool") for change in changes):
+        return
+    now = time_now(session)
+    tenants = {DEFAULT_TENANT, *_after(session, "tenant", changes)}
+    keys = read_rows(KeySpec, live(session, "key"))
+    pools = read_rows(PoolSpec, _after(session, "pool", changes))
+    owners = [(f"key {name}", spec.tenant) for name, spec in keys.items() if spec.is_usable(now)]
+    owners += [
+        (f"pool {name}", spec.tenant) for name, spec in pools.items() if spec.tenant and not spec.is_expired(now)
+    ]
+    for what, tenant in owners:
+        if tenant not in tenants:
+            raise ConfigError(f"{what} is of the tenant {tenant!r}, which would not be there", param="tenants")
+
+
+def _after(session: Session, kind: Kind, changes: Collection[Change]) -> dict[str, dict[str, Any]]:
+    rows = live(session, kind)
+    for change in changes:
+        if change.kind != kind:
+            continue
+        if change.after is None:
+            rows.pop(change.name, None)
+        else:
+            rows[change.name] = change.after
+    return rows

@@ -1,0 +1,272 @@
+"""Model documents in the form that public SIE servers take, read as documents of ours.
+
+Nothing is guessed: what has no counterpart here is left out and named in a warning.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from common.errors import ConfigError
+from config_db.documents import convert
+from config_db.spec import DEFAULT_PROFILE, Name, Positive, Precision
+
+_OURS: Final = frozenset(("family", "source"))
+_THEIRS: Final = frozenset(("hf_id", "hf_revision", "tasks", "max_sequence_length", "weights_path"))
+_THEIRS_IN_PROFILES: Final = frozenset(("adapter_path", "adapter_options", "compute_precision", "max_batch_tokens"))
+
+_FAMILIES: Final[Mapping[str, tuple[str, ...]]] = {
+    "dense": (
+        "bert_flash",
+        "modernbert_flash",
+        "nomic_flash",
+        "pytorch_embedding",
+        "qwen2_flash",
+        "rope_flash",
+        "sentence_transformer",
+        "xlm_roberta_flash",
+    ),
+    "bge-m3": ("bge_m3", "bge_m3_flag", "bge_m3_flash"),
+    "sparse": ("gte_sparse_flash", "splade_flash"),
+    "multivector": ("colbert", "colbert_modernbert_flash", "colbert_rotary_flash"),
+    "cross-encoder": (
+        "bert_flash_cross_encoder",
+        "cross_encoder",
+        "jina_flash_cross_encoder",
+        "modernbert_flash_cross_encoder",
+    ),
+    "causal-reranker": ("native_causal_cross_encoder", "qwen2_flash_cross_encoder"),
+    "gliner": ("gliner", "gliner_bi"),
+    "gliner2": ("gliner2",),
+    "gliclass": ("gliclass",),
+    "nli": ("nli_classification", "nli_classification_flash"),
+    "clip": ("clip",),
+    "siglip": ("siglip",),
+}
+"""Our families by the modules of the adapters that run the same models there."""
+_BY_ADAPTER: Final = {adapter: family for family, adapters in _FAMILIES.items() for adapter in adapters}
+
+_OPTIONS: Final[Mapping[str, str]] = {
+    "doc_prefix": "document_prefix",
+    "hypothesis_template": "hypothesis_template",
+    "multi_label": "multi_label",
+    "no_token": "no_token",
+    "query_max_length": "query_max_length",
+    "query_prefix": "query_prefix",
+    "threshold": "threshold",
+    "yes_token": "yes_token",
+}
+"""Options of our families by the options of adapters that mean the same."""
+
+
+class Translated(msgspec.Struct, frozen=True):
+    """A document of ours, perhaps only some fields of one, and what of the original is not in it."""
+
+    fields: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+class _Width(msgspec.Struct):
+    dim: Positive | None = None
+
+
+class _Encode(msgspec.Struct):
+    dense: _Width | None = None
+    sparse: _Width | None = None
+    multivector: _Width | None = None
+
+
+class _Tasks(msgspec.Struct):
+    encode: _Encode | None = None
+    score: dict[str, Any] | None = None
+    extract: dict[str, Any] | None = None
+    generate: dict[str, Any] | None = None
+
+
+class _Options(msgspec.Struct):
+    loadtime: dict[str, Any] | None = None
+    runtime: dict[str, Any] | None = None
+
+
+class _Profile(msgspec.Struct):
+    extends: Name | None = None
+    adapter_path: str | None = None
+    adapter_options: _Options | None = None
+    compute_precision: Precision | None = None
+    max_batch_tokens: Positive | None = None
+
+
+class _Model(msgspec.Struct):
+    profiles: dict[Name, _Profile]
+    hf_id: str | None = None
+    hf_revision: str | None = None
+    weights_path: str | None = None
+    inputs: dict[str, bool] | None = None
+    tasks: _Tasks | None = None
+    max_sequence_length: Positive | None = None
+
+
+def is_sie(document: Mapping[str, Any]) -> bool:
+    """Whether a document that names a model is of the public form rather than ours."""
+    if not _OURS.isdisjoint(document):
+        return False
+    profiles = document.get("profiles")
+    parts = profiles.values() if isinstance(profiles, dict) else ()
+    return not _THEIRS.isdisjoint(document) or any(
+        isinstance(part, dict) and not _THEIRS_IN_PROFILES.isdisjoint(part) for part in parts
+    )
+
+
+def translate(document: Mapping[str, Any], *, places: Mapping[str, str] = {}) -> Translated:
+    """What a document of the public form says, in our fields, without the model's id.
+
+    Args:
+        document: the content, the key of the id taken out.
+        places: the operator's own families, ``module:Class`` by name: an ``adapter_path`` may name one, too.
+
+    Raises:
+        ConfigError: not of that form, or run by an adapter that no family here stands for.
+    """
+    model = convert(document, _Model)
+    warnings = [*_unknown(document, _Model, "")]
+    for name, part in document["profiles"].items():
+        warnings += _unknown(part, _Profile, f"profiles.{name}")
+    fields: dict[str, Any] = {}
+    if model.inputs:
+        fields["inputs"] = [name for name, is_taken in model.inputs.items() if is_taken]
+    if model.max_sequence_length is not None:
+        fields["max_length"] = model.max_sequence_length
+    fields |= _source(model) | _tasks(model.tasks, warnings) | _profiles(model.profiles, places, warnings)
+    return Translated(fields, tuple(warnings))
+
+
+def _source(model: _Model) -> dict[str, Any]:
+    if model.hf_id is None:
+        return {"source": {"path": model.weights_path}} if model.weights_path is not None else {}
+    source = {"hub": model.hf_id, "revision": model.hf_revision}
+    return {"source": {name: value for name, value in source.items() if value is not None}}
+
+
+def _tasks(tasks: _Tasks | None, warnings: list[str]) -> dict[str, Any]:
+    if tasks is None:
+        return {}
+    operations: list[str] = []
+    outputs: list[str] = []
+    dims: dict[str, int] = {}
+    if tasks.encode is not None:
+        operations.append("encode")
+        for output in tasks.encode.__struct_fields__:
+            width: _Width | None = getattr(tasks.encode, output)
+            if width is not None:
+                outputs.append(output)
+                dims |= {output: width.dim} if width.dim is not None else {}
+    if tasks.score is not None:
+        operations.append("score")
+        outputs += ["score"] if tasks.encode is None else []
+    if tasks.extract is not None:
+        operations.append("extract")
+        outputs.append("json")
+    if tasks.generate is not None:
+        warnings.append(_ignored("tasks.generate", "generation is not served here"))
+    if not operations:
+        raise ConfigError("tasks: none of encode, score and extract is named", param="tasks")
+    return {"operations": operations, "outputs": outputs, "dims": dims}
+
+
+def _profiles(profiles: Mapping[str, _Profile], places: Mapping[str, str], warnings: list[str]) -> dict[str, Any]:
+    """The default profile is the model itself; the others are profiles of it, or adapters if they name a LoRA."""
+    fields: dict[str, Any] = {}
+    families = {name: _family(name, profile, places) for name, profile in profiles.items()}
+    base = families.get(DEFAULT_PROFILE)
+    for name, profile in profiles.items():
+        at = f"profiles.{name}"
+        said = _read_options(profile, at, warnings)
+        lora = said.pop("lora_id", None)
+        if name == DEFAULT_PROFILE:
+            fields |= said | _itself(profile, base)
+            if lora is not None:
+                warnings.append(_ignored(f"{at}.adapter_options.runtime.lora_id", "the model itself runs without one"))
+        elif lora is not None:
+            fields.setdefault("adapters", {})[name] = {"hub": lora}
+            warnings.append(f"{at} is kept as the adapter `{name}` of the model, not as a profile")
+        elif None not in (base, families[name]) and base != families[name]:
+            warnings.append(_ignored(at, f"it is run by the family `{families[name]}`, and the model by `{base}`"))
+        else:
+            fields.setdefault("profiles", {})[name] = _variant(profile, said, at, warnings)
+    return fields
+
+
+def _itself(profile: _Profile, family: str | None) -> dict[str, Any]:
+    limits = {"max_batch_tokens": profile.max_batch_tokens} if profile.max_batch_tokens is not None else {}
+    return {"family": family} | ({"limits": limits} if limits else {})
+
+
+def _variant(profile: _Profile, said: dict[str, Any], at: str, warnings: list[str]) -> dict[str, Any]:
+    """A profile of ours, which says nothing of what only a whole model has."""
+    if profile.max_batch_tokens is not None:
+        warnings.append(_ignored(f"{at}.max_batch_tokens", "limits are the model's"))
+    if said.pop("trust", None) is not None:
+        warnings.append(_ignored(f"{at}.adapter_options.loadtime.trust_remote_code", "trust is the model's"))
+    if profile.extends is None:
+        warnings.append(f"{at}: what it leaves open is as the model has it")
+        return said
+    return {"extends": profile.extends} | said
+
+
+def _family(name: str, profile: _Profile, places: Mapping[str, str]) -> str | None:
+    """The family that an adapter stands for; None for a profile that takes the adapter of the one it extends."""
+    at = f"profiles.{name}"
+    if profile.adapter_path is None:
+        if profile.extends is None or name == DEFAULT_PROFILE:
+            raise ConfigError(f"{at}: a profile has an adapter_path or extends another that has one", param=at)
+        return None
+    own = {place: family for family, place in places.items()}
+    module = profile.adapter_path.partition(":")[0].removesuffix(".adapter").rpartition(".")[2]
+    family = own.get(profile.adapter_path) or _BY_ADAPTER.get(module)
+    if family is None:
+        shown = profile.adapter_path[:200]
+        raise ConfigError(f"{at}.adapter_path: no family here runs what {shown!r} runs", param=f"{at}.adapter_path")
+    return family
+
+
+def _read_options(profile: _Profile, at: str, warnings: list[str]) -> dict[str, Any]:
+    """The options of a profile's adapter as fields of ours; ``lora_id`` stays as it is."""
+    fields: dict[str, Any] = {}
+    if profile.compute_precision is not None:
+        fields["precision"] = profile.compute_precision
+    given = profile.adapter_options or _Options()
+    for kind, options in (("loadtime", given.loadtime or {}), ("runtime", given.runtime or {})):
+        for name, value in options.items():
+            if not _read_option(fields, name, value):
+                warnings.append(_ignored(f"{at}.adapter_options.{kind}.{name}", "it has no counterpart"))
+    return fields
+
+
+def _read_option(fields: dict[str, Any], name: str, value: Any) -> bool:
+    """Add what an option says to the fields; false if it says nothing here."""
+    if value is None:
+        return True
+    if name in ("pooling", "normalize", "default_instruction", "lora_id"):
+        fields[name] = value
+    elif name in ("query_template", "doc_template"):
+        fields.setdefault("templates", {})["query" if name == "query_template" else "document"] = value
+    elif name == "output_types":
+        fields["outputs"] = value
+    elif name == "trust_remote_code":
+        fields["trust"] = {"remote_code": value}
+    elif name in _OPTIONS:
+        fields.setdefault("options", {})[_OPTIONS[name]] = value
+    else:
+        return False
+    return True
+
+
+def _unknown(part: Any, kind: type[msgspec.Struct], at: str) -> Iterable[str]:
+    for name in part if isinstance(part, dict) else ():
+        if name not in kind.__struct_fields__:
+            yield _ignored(f"{at}.{name}"[:200].lstrip("."), "it has no counterpart")
+
+
+def _ignored(path: str, why: str) -> str:
+    return f"{path} is ignored: {why}"

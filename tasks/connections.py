@@ -1,0 +1,128 @@
+"""The connections of one process to the farm's Redis, and its clock.
+
+Owns the publisher, the listeners and one connection for plain commands; what is asked over them is for ``submitting``,
+``following``, ``settling`` and ``live_workers``. Foreign errors become QueueUnavailableError here.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final
+from uuid import uuid4
+
+import redis
+
+from common.clock import FarmClock
+from common.errors import QueueUnavailableError
+from common.logs import get_logger
+from tasks import scripts
+from tasks.publisher import RETRY_AFTER_S, Publisher
+from tasks.redis_line import connection_options, is_out_of_memory
+from tasks.replies import ReplyListener
+from tasks.results import ResultWatcher
+
+log = get_logger("tasks")
+
+CLOCK_SYNC_S: Final = 30.0
+
+
+class Connections:
+    """What one process asks and tells Redis through; thread-safe, and of no use to a child after a fork.
+
+    Args:
+        url: the farm's one logical database.
+        queue_limit: messages a queue may hold.
+        result_ttl_s: how long asynchronous results are kept.
+        clock: the farm's clock; ``tend_clock`` measures it.
+    """
+
+    def __init__(self, url: str, *, queue_limit: int, result_ttl_s: int, clock: FarmClock) -> None:
+        self.pid = os.getpid()
+        self.process = uuid4().hex
+        self.clock = clock
+        self.result_ttl_s = result_ttl_s
+        self.publisher = Publisher(url, queue_limit=queue_limit)
+        self.replies = ReplyListener(url, process=self.process)
+        self.results = ResultWatcher(url)
+        self._clock_lock = threading.Lock()
+        self._clock_failed_at = 0.0
+        self._redis = redis.Redis.from_url(url, **connection_options())
+
+    def ask(self, *command: Any) -> Any:
+        """One command; QueueUnavailableError if it is not answered."""
+        return self.ask_many(command)[0]
+
+    def ask_many(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """Several commands in one packet; QueueUnavailableError if they are not answered."""
+        pipeline: Any = self._redis.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        answers: list[Any] = _answered(pipeline.execute)
+        return answers
+
+    def script(self, name: str, keys: list[str], arguments: list[Any]) -> Any:
+        """Run one of the farm's Lua scripts; QueueUnavailableError if it is not answered."""
+        return _answered(lambda: self._redis.eval(scripts.source(name), len(keys), *keys, *arguments))
+
+    def tend_clock(self) -> None:
+        """Measure the clock before its first use, and again every 30 s without keeping anybody waiting."""
+        synced_at = self.clock.synced_at
+        if synced_at is None:
+            self._sync_clock_first()
+        elif monotonic() - synced_at > CLOCK_SYNC_S:
+            self._sync_clock_aside()
+
+    def close(self) -> None:
+        """Drop them all; who still waits learns of it."""
+        self.publisher.close()
+        self.replies.close()
+        self.results.close()
+        self._redis.close()
+
+    def _sync_clock_first(self) -> None:
+        """Measure the clock before anything is published; one caller asks, and all that wait share its fate."""
+        came_at = monotonic()
+        with self._clock_lock:
+            if self.clock.synced_at is not None:
+                return
+            if self._clock_failed_at >= came_at:
+                raise QueueUnavailableError("Redis does not answer; try again soon", retry_after_s=RETRY_AFTER_S)
+            try:
+                self._sync_clock()
+            except QueueUnavailableError:
+                self._clock_failed_at = monotonic()
+                raise
+
+    def _sync_clock_aside(self) -> None:
+        """Measure the clock again in a thread of its own; while Redis is away the old offset serves."""
+        if not self._clock_lock.acquire(blocking=False):
+            return
+
+        def sync() -> None:
+            try:
+                self._sync_clock()
+            except QueueUnavailableError as error:
+                log.info("clock_not_synced", error=error.message)
+            finally:
+                self._clock_lock.release()
+
+        threading.Thread(target=sync, name="farm-clock", daemon=True).start()
+
+    def _sync_clock(self) -> None:
+        asked_at = monotonic()
+        answer = self.ask("TIME")
+        self.clock.sync(answer, asked_at=asked_at, answered_at=monotonic())
+
+
+def _answered(ask: Callable[[], Any]) -> Any:
+    try:
+        return ask()
+    except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+        raise QueueUnavailableError(
+            f"Redis does not answer ({error}); try again soon", retry_after_s=RETRY_AFTER_S
+        ) from error
+    except redis.ResponseError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise QueueUnavailableError("Redis has no memory left; try again soon", retry_after_s=RETRY_AFTER_S) from error

@@ -1,0 +1,64 @@
+"""The workers that live now, as they tell of themselves in Redis."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from tasks import names
+from tasks.connections import Connections
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """What a live worker tells of itself. ``resident`` holds digests of the specs that some host of it holds.
+
+    ``epoch`` and ``epoch_id`` are those of the config it serves; a worker of an earlier release tells no id.
+    """
+
+    incarnation: str
+    node: str
+    machine_profile: str
+    epoch: int
+    epoch_id: str
+    queues: frozenset[str]
+    resident: frozenset[str]
+    transport: str
+    is_ready: bool
+
+
+class _Told(msgspec.Struct):
+    node: str = ""
+    machine_profile: str = ""
+    epoch: int = 0
+    epoch_id: str = ""
+    queues: frozenset[str] = frozenset()
+    resident: frozenset[str] = frozenset()
+    transport: str = "farm"
+    ready: bool = False
+
+
+def live_workers(connections: Connections) -> list[WorkerView]:
+    """The workers whose heartbeat is there; QueueUnavailableError if Redis does not answer."""
+    told: dict[bytes, bytes] = connections.ask("HGETALL", names.INCARNATIONS)
+    views = [view for incarnation, text in told.items() if (view := _worker(incarnation.decode(), text)) is not None]
+    beats = connections.ask_many(*(("EXISTS", names.beat(view.incarnation)) for view in views)) if views else []
+    return [view for view, beat in zip(views, beats, strict=True) if beat]
+
+
+def _worker(incarnation: str, text: bytes) -> WorkerView | None:
+    """A worker's description; None for one that cannot be read, as a newer release's may be."""
+    try:
+        told = msgspec.json.decode(text, type=_Told)
+    except msgspec.DecodeError:
+        return None
+    return WorkerView(
+        incarnation=incarnation,
+        node=told.node,
+        machine_profile=told.machine_profile,
+        epoch=told.epoch,
+        epoch_id=told.epoch_id,
+        queues=told.queues,
+        resident=told.resident,
+        transport=told.transport,
+        is_ready=told.ready,
+    )

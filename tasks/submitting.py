@@ -1,0 +1,166 @@
+"""Submitting a request, and waiting for the outcome of a synchronous one.
+
+``publisher`` admits and publishes, ``replies`` waits; here a call becomes a message and the waiting gets its bounds.
+"""
+
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final
+from uuid import uuid4
+
+from common.errors import FarmError, QueueUnavailableError
+from tasks import messages, names
+from tasks.batching import batch_key
+from tasks.connections import Connections
+from tasks.messages import INLINE_BODY_BYTES, Outcome, Request, Ticket
+from tasks.names import Lane, Operation, queue_name
+from tasks.publisher import OPEN_GRACE_S, RETRY_AFTER_S, WAIT_S, Entry
+from tasks.replies import Waiter
+from tasks.settling import end_overdue_request, overdue_error
+
+REPLY_GRACE_S: Final = 1.0
+"""After its deadline a request is given this long to be answered by the worker that holds it."""
+LATE_REPLY_S: Final = 0.5
+"""A reply that was written while we gave up is given this long to arrive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request as its caller means it. ``spec`` is the digest of the model's spec; ``tokens`` is an estimate."""
+
+    model: str
+    spec: str
+    operation: Operation
+    request: Request
+    items: int
+    tokens: int
+    lane: Lane
+    pool: str
+    machine_profile: str
+    timeout_s: float
+    epoch: int = 0
+    tenant: str = "default"
+    adapter: str | None = None
+    trace: str | None = None
+
+
+def submit(connections: Connections, call: Call, *, asynchronous: bool) -> str:
+    """Publish a request and return its task id once Redis has confirmed.
+
+    Raises:
+        QueueFullError: refused; nothing was published.
+        QueueUnavailableError: no confirmation within 2.5 s.
+    """
+    task_id = str(uuid4())
+    waiter = Waiter()
+    entry = _entry(connections, task_id, call, waiter, asynchronous=asynchronous)
+    entry.on_published = waiter.confirm
+    connections.publisher.put(entry)
+    _await_publish(waiter, entry)
+    return task_id
+
+
+def run(connections: Connections, call: Call) -> Outcome:
+    """Submit a request and wait for its outcome, which may carry an error.
+
+    Raises:
+        QueueFullError, QueueUnavailableError: as ``submit``.
+        DeadlineExceededError: nobody answered in time, and now nobody will.
+    """
+    task_id = str(uuid4())
+    started_at = monotonic()
+    waiter = connections.replies.register(task_id)
+    try:
+        entry = _entry(connections, task_id, call, waiter, asynchronous=False)
+        connections.publisher.put(entry)
+        outcome = _await_reply(connections, entry, waiter, started_at + call.timeout_s + REPLY_GRACE_S)
+    finally:
+        connections.replies.forget(task_id)
+    return _whole(connections, outcome)
+
+
+def _entry(connections: Connections, task_id: str, call: Call, waiter: Waiter, *, asynchronous: bool) -> Entry:
+    body = messages.encode_body(call.model, call.request)
+    is_large = len(body) > INLINE_BODY_BYTES
+    ticket = _ticket(
+        call,
+        now=connections.clock.now(),
+        asynchronous=asynchronous,
+        body_key=names.body_key(task_id) if is_large else None,
+    )
+    queue = queue_name(call.pool, call.machine_profile, call.lane)
+    reply_to = None if asynchronous else connections.replies.list
+    raw = messages.encode_message(
+        task_id, ticket, b"" if is_large else body, queue=queue, reply_to=reply_to, origin=connections.process
+    )
+    return Entry(
+        task_id=task_id,
+        queue=queue,
+        raw=raw,
+        deadline=ticket.deadline,
+        on_failure=waiter.fail,
+        body=body if is_large else b"",
+        timeout_s=call.timeout_s,
+        record_s=int(call.timeout_s) + OPEN_GRACE_S + connections.result_ttl_s if asynchronous else None,
+        model=call.model,
+        operation=call.operation.value,
+    )
+
+
+def _ticket(call: Call, *, now: float, asynchronous: bool, body_key: str | None) -> Ticket:
+    return Ticket(
+        model=call.model,
+        spec=call.spec,
+        operation=call.operation,
+        key=batch_key(call.model, call.spec, call.operation, call.adapter, call.request.options),
+        items=call.items,
+        tokens=call.tokens,
+        deadline=now + call.timeout_s,
+        published=now,
+        epoch=call.epoch,
+        tenant=call.tenant,
+        asynchronous=asynchronous,
+        adapter=call.adapter,
+        body_key=body_key,
+        trace=call.trace,
+    )
+
+
+def _await_publish(waiter: Waiter, entry: Entry) -> None:
+    waiter.wait(entry.queued_at + WAIT_S - monotonic())
+    if waiter.error is not None:
+        raise waiter.error
+    if not entry.is_published:
+        raise QueueUnavailableError("the queue did not confirm in time; try again soon", retry_after_s=RETRY_AFTER_S)
+
+
+def _await_reply(connections: Connections, entry: Entry, waiter: Waiter, until: float) -> Outcome:
+    if not waiter.wait(min(until, entry.queued_at + WAIT_S) - monotonic()) and not entry.is_published:
+        _await_publish(waiter, entry)
+    if not waiter.wait(until - monotonic()):
+        if _has_given_up(connections, entry.task_id):
+            raise overdue_error()
+        waiter.wait(LATE_REPLY_S)
+    if waiter.error is not None:
+        raise waiter.error
+    if waiter.outcome is None:
+        raise overdue_error()
+    return waiter.outcome
+
+
+def _has_given_up(connections: Connections, task_id: str) -> bool:
+    """Whether nobody will answer the overdue request any more; false if somebody just has."""
+    try:
+        return end_overdue_request(connections, task_id)
+    except QueueUnavailableError:
+        return True  # nobody can answer while Redis is away, and the caller's time is up
+
+
+def _whole(connections: Connections, outcome: Outcome) -> Outcome:
+    """The outcome itself where only its key travelled."""
+    if outcome.ref is None:
+        return outcome
+    raw = connections.ask("GETDEL", outcome.ref)
+    if raw is None:
+        raise FarmError("the result has gone from Redis before it could be read")
+    return messages.decode_outcome(raw)

@@ -1,0 +1,173 @@
+"""Documents of the public form, over HTTP: what becomes of them, and what the answer says was left out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.services import PostgresServer, RedisServer
+from tests.web import Web, start_web, stop_web
+
+MODELS = "/v1/configs/models"
+EMBEDDER = """
+sie_id: {id}
+hf_id: org/embedder
+hf_revision: 0123abc
+inputs: {{text: true, image: false, audio: false, video: false}}
+tasks:
+  encode:
+    dense: {{dim: 1024}}
+    sparse: null
+    multivector: null
+  score: null
+  extract: null
+max_sequence_length: 8192
+profiles:
+  default:
+    max_batch_tokens: 16384
+    compute_precision: bfloat16
+    adapter_path: sie_server.adapters.qwen2_flash:Qwen2FlashAdapter
+    adapter_options:
+      loadtime: {{causal: true}}
+      runtime:
+        pooling: last
+        normalize: true
+        query_template: "Instruct: {{instruction}}\\nQuery: {{text}}"
+        doc_template: "passage: {{text}}"
+        default_instruction: find passages
+  plain:
+    extends: default
+    adapter_options:
+      runtime: {{normalize: false, output_types: [dense]}}
+  banking:
+    extends: default
+    adapter_options:
+      runtime: {{lora_id: org/banking-lora, instruction: classify}}
+"""
+
+
+@pytest.fixture(scope="module")
+def web(redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: Any) -> Iterator[Web]:
+    web = start_web(
+        redis_server.url,
+        tmp_path_factory.mktemp("configs"),
+        (),
+        DATABASE_URL=postgres_server.fresh_database(),
+        EXTRA_FAMILIES="fake=tests.fakes.family:FakeFamily",
+    )
+    yield web
+    stop_web(web)
+
+
+def shown(web: Web, model: str) -> Any:
+    return yaml.safe_load(web.http.get(f"{MODELS}/{model}").text)
+
+
+def test_an_embedder_of_the_public_form_becomes_ours(web: Web) -> None:
+    made = web.http.post(MODELS, content=EMBEDDER.format(id="org/embedder"))
+    assert made.status_code == 201, made.text
+    assert made.json()["created_profiles"] == ["default", "plain"]
+    assert shown(web, "org/embedder") == {
+        "id": "org/embedder",
+        "family": "dense",
+        "source": {"hub": "org/embedder", "revision": "0123abc"},
+        "dims": {"dense": 1024},
+        "max_length": 8192,
+        "precision": "bfloat16",
+        "pooling": "last",
+        "normalize": True,
+        "templates": {"query": "Instruct: {instruction}\nQuery: {text}", "document": "passage: {text}"},
+        "default_instruction": "find passages",
+        "profiles": {"plain": {"normalize": False, "outputs": ["dense"]}},
+        "adapters": {"banking": {"hub": "org/banking-lora"}},
+        "limits": {"max_batch_tokens": 16384},
+    }
+    warnings = "\n".join(made.json()["warnings"])
+    for ignored in (
+        "loadtime.causal",
+        "profiles.banking is kept as the adapter",
+        "banking.adapter_options.runtime.instr",
+    ):
+        assert ignored in warnings
+
+
+def test_it_can_be_sent_again_and_grown(web: Web) -> None:
+    document = EMBEDDER.format(id="org/again")
+    web.http.post(MODELS, content=document)
+    again = web.http.post(MODELS, content=document)
+    assert (again.status_code, again.json()["changed"]) == (200, False)
+    assert again.json()["existing_profiles_skipped"] == ["default", "plain"]
+    grown = web.http.post(
+        MODELS,
+        json={"sie_id": "org/again", "profiles": {"half": {"extends": "default", "compute_precision": "float16"}}},
+    )
+    assert (grown.status_code, grown.json()["created_profiles"]) == (201, ["half"])
+    assert shown(web, "org/again")["profiles"]["half"] == {"precision": "float16"}
+    changed = web.http.post(MODELS, content=document.replace("8192", "512"))
+    assert (changed.status_code, changed.json()["detail"]["conflicting_fields"]) == (409, ["max_length"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "adapter", "family", "operations", "outputs"),
+    [
+        ({"score": {}}, "bert_flash_cross_encoder:A", "cross-encoder", ["score"], ["score"]),
+        (
+            {"encode": {"multivector": {"dim": 96}}, "score": {}},
+            "colbert:A",
+            "multivector",
+            ["encode", "score"],
+            ["multivector"],
+        ),
+        ({"encode": {"sparse": {"dim": 30522}}}, "splade_flash.adapter:A", "sparse", None, ["sparse"]),
+        ({"extract": {}}, "gliner:A", "gliner", ["extract"], ["json"]),
+    ],
+)
+def test_adapters_stand_for_families(
+    web: Web, tasks: Any, adapter: str, family: str, operations: list[str] | None, outputs: list[str]
+) -> None:
+    document = {
+        "sie_id": f"by/{family}",
+        "hf_id": "by/adapter",
+        "tasks": tasks,
+        "profiles": {"default": {"adapter_path": f"sie_server.adapters.{adapter}"}},
+    }
+    made = web.http.post(MODELS, json=document)
+    assert made.status_code == 201, made.text
+    became = shown(web, f"by/{family}")
+    assert (became["family"], became.get("operations"), became["outputs"]) == (family, operations, outputs)
+
+
+def test_an_adapter_path_may_be_the_operator_s_own(web: Web) -> None:
+    document = {
+        "sie_id": "own/adapter",
+        "weights_path": "/",
+        "tasks": {"encode": {"dense": {"dim": 4}}},
+        "profiles": {"default": {"adapter_path": "tests.fakes.family:FakeFamily"}},
+    }
+    assert web.http.post(MODELS, json=document).json()["warnings"] == []
+    assert shown(web, "own/adapter")["family"] == "fake"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"profiles": {"default": {"adapter_path": "sie_server.adapters.whisper:A"}}}, "profiles.default.adapter_path"),
+        ({"profiles": {"default": {}}}, "profiles.default"),
+        ({"profiles": None}, "profiles"),
+        ({"tasks": {"generate": {}}}, "tasks"),
+        ({"tasks": {"encode": {"dense": {"dim": "wide"}}}}, "tasks.encode.dense.dim"),
+        ({"max_sequence_length": 0}, "max_sequence_length"),
+    ],
+)
+def test_what_cannot_be_read_names_its_field(web: Web, change: Any, field: str) -> None:
+    document = {
+        "sie_id": "bad/m",
+        "hf_id": "bad/m",
+        "tasks": {"encode": {"dense": {"dim": 4}}},
+        "profiles": {"default": {"adapter_path": "sie_server.adapters.bert_flash:A"}},
+    }
+    refused = web.http.post(MODELS, json={**document, **change})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, field)
+    assert refused.json()["detail"]["error"] == "validation_error"
+    assert refused.json()["detail"]["details"][0]["field"] == field

@@ -1,0 +1,76 @@
+"""``farmhand config apply --wait`` beside a real web process that lags."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks.client import FarmClient
+from tests.e2e.farms import farmhand
+from tests.services import wait_until
+from tests.web import Web, start_web, stop_web
+
+
+@pytest.fixture
+def servers(redis_url: str, database_url: str) -> dict[str, str]:
+    return {"FARMHAND_REDIS_URL": redis_url, "FARMHAND_DATABASE_URL": database_url}
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[FarmClient]:
+    made = FarmClient(redis_url, queue_limit=1, result_ttl_s=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def web(redis_url: str, database_url: str, tmp_path: Path, client: FarmClient) -> Iterator[Web]:
+    """A real API that has told which epoch it serves."""
+    started = start_web(redis_url, tmp_path, (), DATABASE_URL=database_url)
+    try:
+        wait_until(client.web_processes, 20, "the web process to tell of itself")
+        yield started
+    finally:
+        stop_web(started)
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> str:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a.yaml").write_text("id: a/b\nfamily: dense\nsource: {hub: a/b}\n")
+    return str(tmp_path / "models")
+
+
+def test_it_returns_when_the_last_process_serves_the_epoch(
+    web: Web, client: FarmClient, catalogue: str, servers: dict[str, str]
+) -> None:
+    (told,) = client.web_processes()
+    frozen = psutil.Process(int(told.name.rpartition(":")[2]))
+    frozen.send_signal(signal.SIGSTOP)
+    try:
+        late = farmhand("config", "apply", catalogue, "--wait", "--timeout", "0.5", **servers)
+    finally:
+        frozen.send_signal(signal.SIGCONT)
+    assert late.returncode == 1
+    assert f"web {told.name} at 1" in late.stderr
+    assert "1 of 1 processes" in late.stderr
+    assert "epoch 2: 1 added" in late.stdout, "it is published all the same"
+    done = farmhand("config", "apply", catalogue, "--wait", **servers)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("epoch 2 is served by 1 live process\n")
+    assert web.http.get("/v1/models/a/b").status_code == 200
+
+
+def test_without_processes_there_is_nobody_to_wait_for(catalogue: str, servers: dict[str, str]) -> None:
+    done = farmhand("config", "apply", catalogue, "--wait", **servers)
+    assert done.stdout.endswith("epoch 2 is served by 0 live processes\n")
+
+
+def test_without_redis_the_epoch_is_told_and_the_waiting_fails(catalogue: str, database_url: str) -> None:
+    away = {"FARMHAND_DATABASE_URL": database_url, "FARMHAND_REDIS_URL": "redis://127.0.0.1:1/0"}
+    done = farmhand("config", "apply", catalogue, "--wait", **away)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "Redis does not answer" in done.stderr
+    assert "epoch 2: 1 added" in done.stdout

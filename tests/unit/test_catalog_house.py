@@ -1,0 +1,123 @@
+"""The catalogue of the house: what its files say fits the families, the code and what docs/catalog.md tells of it."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config_db.catalog import read_catalog
+from config_db.families import FAMILIES, why_unsupported
+from config_db.spec import ModelSpec
+from workers.host.families.registry import BUILT_IN
+
+ROOT = Path(__file__).resolve().parents[2]
+CATALOG = ROOT / "catalog"
+FILES = sorted(CATALOG.rglob("*.yaml"))
+DOCS = (ROOT / "docs" / "catalog.md").read_text()
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@pytest.fixture(scope="module")
+def specs() -> list[ModelSpec]:
+    return read_catalog(CATALOG)
+
+
+def test_every_file_is_one_model(specs: list[ModelSpec]) -> None:
+    assert len(specs) == len(FILES)
+
+
+def test_no_two_models_share_a_name_however_it_is_written(specs: list[ModelSpec]) -> None:
+    names = [name.lower() for spec in specs for name in (spec.id, *spec.aliases)]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def test_each_model_does_what_its_family_does(specs: list[ModelSpec]) -> None:
+    for spec in specs:
+        family = FAMILIES[spec.family]
+        assert (spec.operations, spec.outputs, spec.inputs) == (family.operations, family.outputs, family.inputs), spec
+        vectors = {"dense", "sparse", "multivector"} & set(spec.outputs)
+        assert set(spec.dims) == vectors, spec.id
+
+
+def test_a_template_that_takes_an_instruction_has_one_to_take(specs: list[ModelSpec]) -> None:
+    wanting = [
+        spec.id
+        for spec in specs
+        if why_unsupported(spec) is None
+        and any("{instruction}" in template for template in spec.templates.values())
+        and not spec.default_instruction
+    ]
+    assert wanting == []
+    assert not any("\\n" in text for spec in specs for text in (*spec.templates.values(), *spec.prompts.values()))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_says_where_its_facts_come_from_and_pins_its_weights(path: Path) -> None:
+    first, *rest = path.read_text().splitlines()
+    content = yaml.safe_load(path.read_text())
+    source = content["source"]
+    assert first.startswith(f"# Facts: https://huggingface.co/{content['id']}")
+    if "revision" in source:
+        assert COMMIT.fullmatch(source["revision"])
+        assert not re.search(r"revision: [0-9]+(e[0-9]*)?$", path.read_text(), re.MULTILINE), "quote it"
+    else:
+        assert any("main branch is served" in line for line in rest)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_fields_stand_in_the_order_of_the_spec(path: Path) -> None:
+    fields = list(yaml.safe_load(path.read_text()))
+    assert fields == sorted(fields, key=ModelSpec.__struct_fields__.index)
+
+
+def rows(*, columns: int) -> Iterator[list[str]]:
+    """Rows of the tables in the document that have so many columns."""
+    for line in DOCS.splitlines():
+        cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) == columns and not set(line) <= set("|- "):
+            yield cells
+
+
+def test_the_document_counts_rightly(specs: list[ModelSpec]) -> None:
+    told = {
+        family: (int(models), int(own_code), folder, state == "served")
+        for family, models, own_code, folder, state in list(rows(columns=5))[1:]
+    }
+    found = defaultdict(list)
+    for spec in specs:
+        found[spec.family].append(spec)
+    assert told == {
+        family: (
+            len(those),
+            sum("code of its own repository" in (spec.unsupported or "") for spec in those),
+            told[family][2],
+            FAMILIES[family].missing is None,
+        )
+        for family, those in found.items()
+    }
+    assert f"holds {len(specs)} public models" in DOCS
+    assert f"{sum(spec.source.revision is None for spec in specs)}\n  files here have none" in DOCS
+    left_out = [int(count) for kind, count in rows(columns=2) if count.isdecimal()]
+    assert f"the other {sum(left_out)} are left out" in DOCS
+    assert f"Of {sum(left_out) + len(specs)} models" in DOCS
+
+
+def test_a_model_stands_in_the_folder_of_its_family() -> None:
+    folders = {family: folder for family, _, _, folder, _ in list(rows(columns=5))[1:]}
+    for path in FILES:
+        family = yaml.safe_load(path.read_text())["family"]
+        assert path.relative_to(CATALOG).as_posix() == f"{folders[family]}{path.name}"
+
+
+def test_exactly_the_families_without_a_reason_have_code() -> None:
+    assert set(BUILT_IN) == {name for name, family in FAMILIES.items() if family.missing is None}
+
+
+def test_what_cannot_be_served_says_why(specs: list[ModelSpec]) -> None:
+    by_id = {spec.id: spec for spec in specs}
+    assert why_unsupported(by_id["BAAI/bge-m3"]) == "the family `bge-m3` is not in this release yet"
+    assert "trust_remote_code" in str(why_unsupported(by_id["jinaai/jina-embeddings-v2-base-en"]))
+    assert why_unsupported(by_id["intfloat/e5-base-v2"]) is None

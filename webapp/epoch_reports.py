@@ -1,0 +1,44 @@
+"""Tells the farm which epoch this web process serves, so that anybody can see when a change has reached everyone."""
+
+import threading
+from typing import Final
+
+from common.errors import QueueUnavailableError
+from config_db.reader import SnapshotReader
+from tasks.client import FarmClient
+
+EVERY_S: Final = 3.0
+
+
+class EpochReports:
+    """A thread that tells at once of every new epoch, and otherwise often enough to count as alive.
+
+    Args:
+        client: by which it tells.
+        reader: the config of this process; started.
+        machine_profile: what this process sends requests to unless told otherwise.
+    """
+
+    def __init__(self, client: FarmClient, reader: SnapshotReader, *, machine_profile: str) -> None:
+        self._client = client
+        self._reader = reader
+        self._machine_profile = machine_profile
+        self._is_due = threading.Event()
+
+    def start(self) -> None:
+        """Tell from now on, until the process ends."""
+        self._reader.subscribe(lambda _: self._is_due.set())
+        threading.Thread(target=self._run, name="epoch-reports", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self._tell()
+            self._is_due.wait(EVERY_S)
+            self._is_due.clear()
+
+    def _tell(self) -> None:
+        config = self._reader.current
+        try:
+            self._client.tell(machine_profile=self._machine_profile, epoch=config.epoch, epoch_id=str(config.epoch_id))
+        except QueueUnavailableError:
+            return  # nobody could read it; the next try comes soon

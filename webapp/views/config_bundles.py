@@ -1,0 +1,81 @@
+"""``/v1/configs/bundles`` and ``/resolve``: what a name means, and what runs it."""
+
+from typing import Final
+
+import msgspec
+from flask import Blueprint
+from flask.typing import ResponseReturnValue
+
+from common.errors import ContentConflictError, NotFoundError
+from config_db.documents import convert
+from config_db.export import to_yaml
+from config_db.families import why_unsupported
+from config_db.spec import DEFAULT_PROFILE
+from webapp.bundles import BUNDLE, bundles_of, families
+from webapp.farm import farm
+from webapp.wire import answers
+from webapp.wire import configs as wire
+
+bp = Blueprint("config_bundles", __name__)
+wire.install(bp)
+
+_PRIORITY: Final = 10
+_SOURCE: Final = "filesystem"
+
+
+class ResolveBody(msgspec.Struct):
+    """What to resolve; ``model`` may name a bundle itself, as ``bundle:/org/model``."""
+
+    model: str
+    bundle: str | None = None
+
+
+@bp.get("/v1/configs/bundles")
+def index() -> ResponseReturnValue:
+    """The one bundle."""
+    here = farm()
+    bundle = {
+        "bundle_id": BUNDLE,
+        "priority": _PRIORITY,
+        "adapter_count": len(families(here.settings.family_places)),
+        "source": _SOURCE,
+        "connected_workers": len(here.fleet.workers()),
+    }
+    return answers.answer({"bundles": [bundle]})
+
+
+@bp.get("/v1/configs/bundles/<path:bundle>")
+def show(bundle: str) -> ResponseReturnValue:
+    """What is in the bundle: families."""
+    here = farm()
+    if bundle != BUNDLE:
+        raise NotFoundError(f"there is no bundle {bundle[:100]!r}: the only one is {BUNDLE!r}", param="bundle")
+    adapters = families(here.settings.family_places)
+    content = {"name": BUNDLE, "priority": _PRIORITY, "source": _SOURCE, "adapters": adapters}
+    return wire.yaml_answer(to_yaml(content), epoch=here.served.epoch)
+
+
+@bp.post("/v1/configs/resolve")
+def resolve() -> ResponseReturnValue:
+    """Which model a name means, and which bundle runs it."""
+    here = farm()
+    body = convert(wire.read_write().document, ResolveBody)
+    prefix, colon, rest = body.model.partition(":/")
+    name, bundle = (rest, prefix) if colon else (body.model, body.bundle)
+    spec = here.served.model(name)
+    compatible = bundles_of(spec, here.settings.family_places)
+    if bundle is not None and bundle not in compatible:
+        raise ContentConflictError(
+            f"the bundle {bundle[:100]!r} does not run the model {spec.id!r}",
+            param="bundle",
+            details={"model": spec.id, "compatible_bundles": compatible},
+        )
+    return answers.answer(
+        {
+            "model": spec.id,
+            "resolved_bundle": BUNDLE if compatible else None,
+            "compatible_bundles": compatible,
+            "profiles": [DEFAULT_PROFILE, *spec.profiles],
+            "unsupported": why_unsupported(spec, here.settings.family_places),
+        }
+    )

@@ -1,0 +1,161 @@
+"""``/v1/configs``: the epoch, who serves which, the history of epochs, and the way back to one."""
+
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Annotated, Final
+
+import gevent
+import msgspec
+from flask import Blueprint, request
+from flask.typing import ResponseReturnValue
+from sqlalchemy.orm import Session
+
+from common.errors import RequestError
+from config_db.documents import convert
+from config_db.export import model_yaml
+from config_db.history import changes_between, read_history
+from config_db.idempotency import Answer
+from config_db.model_writes import Intent, check_model_id
+from config_db.publish import epoch_now, rollback
+from config_db.spec import plain
+from webapp.bundles import bundle_status, bundles_of, families_hash
+from webapp.config_store import config_store
+from webapp.config_writes import write
+from webapp.farm import farm
+from webapp.fleet import has_converged
+from webapp.wire import answers
+from webapp.wire import configs as wire
+from webapp.wire.queries import read_number, read_wait_s
+
+bp = Blueprint("config_epochs", __name__)
+wire.install(bp)
+
+MAX_WAIT_S: Final = 60.0
+_LOOK_EVERY_S: Final = 0.1
+MAX_PAGE: Final = 200
+_PAGE: Final = 50
+
+
+class RollbackBody(msgspec.Struct, forbid_unknown_fields=True):
+    """The epoch whose contents are to come back."""
+
+    epoch: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+
+
+@bp.get("/v1/configs/epoch")
+def epoch() -> ResponseReturnValue:
+    """The epoch that this process serves."""
+    here = farm()
+    body = {
+        "epoch": here.served.epoch,
+        "bundles_hash": families_hash(here.settings.family_places),
+        "epoch_id": str(here.served.epoch_id),
+    }
+    return answers.answer(body)
+
+
+@bp.get("/v1/configs/status")
+def status() -> ResponseReturnValue:
+    """Who serves which epoch; ``?wait=s`` waits until all serve this process's, ``?epoch=n`` until all serve that."""
+    here = farm()
+    deadline = monotonic() + read_wait_s(MAX_WAIT_S)
+    wanted = read_number("epoch")
+    while True:
+        served, processes = here.served, here.fleet.epochs()
+        if wanted is None:
+            is_done = has_converged(processes, served.epoch, str(served.epoch_id))
+        else:
+            is_done = has_converged(processes, wanted)
+        if is_done or monotonic() >= deadline:
+            break
+        gevent.sleep(_LOOK_EVERY_S)
+    body = {
+        "epoch": served.epoch,
+        "epoch_id": str(served.epoch_id),
+        "converged": is_done,
+        "config_db": "connected" if here.snapshots.is_connected else "away",
+        "processes": processes,
+    }
+    return answers.answer(body)
+
+
+@bp.get("/v1/configs/models/<path:model>/status")
+def model_status(model: str) -> ResponseReturnValue:
+    """Which workers have read a model as it is now."""
+    here = farm()
+    served = here.served
+    spec = served.model(check_model_id(model))
+    processes = here.fleet.epochs()
+    known = bundles_of(spec, here.settings.family_places)
+    bundles = [bundle_status(spec, processes, served.epoch)] if known else []
+    return answers.answer(
+        {
+            "model_id": spec.id,
+            "config_epoch": served.epoch,
+            "all_bundles_acked": bool(bundles) and all(bundle["acked"] for bundle in bundles),
+            "no_bundles": not bundles,
+            "bundles": bundles,
+            "source": served.origins.get(spec.id, "filesystem"),
+        }
+    )
+
+
+@bp.get("/v1/configs/export")
+def export() -> ResponseReturnValue:
+    """Everything that is served, as of one epoch."""
+    here = farm()
+    served = here.served
+    models = [
+        {
+            "model_id": model_id,
+            "model_config": plain(spec),
+            "raw_yaml": model_yaml(spec),
+            "affected_bundles": bundles_of(spec, here.settings.family_places),
+        }
+        for model_id, spec in sorted(served.models.items())
+    ]
+    generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return answers.answer(
+        {"snapshot_version": 1, "epoch": served.epoch, "generated_at": generated_at, "models": models}
+    )
+
+
+@bp.get("/v1/configs/history")
+def history() -> ResponseReturnValue:
+    """What was changed, newest first; ``?before=<epoch>`` is the next page, ``?model=<id>`` that of one model."""
+    limit = read_number("limit", at_least=1, at_most=MAX_PAGE) or _PAGE
+    before, model = read_number("before"), request.args.get("model")
+    if model is not None:
+        check_model_id(model)
+    with config_store().read() as session:
+        entries = read_history(session, limit=limit, before=before, model=model)
+    following = entries[-1].epoch if len(entries) == limit else None
+    return answers.answer({"entries": msgspec.to_builtins(entries), "before": following})
+
+
+@bp.get("/v1/configs/diff")
+def diff() -> ResponseReturnValue:
+    """What differs between two epochs; ``to`` is the present one unless named."""
+    old, new = read_number("from"), read_number("to")
+    if old is None:
+        raise RequestError("from: this parameter is required, an epoch", param="from")
+    with config_store().read() as session:
+        if new is None:
+            new, _ = epoch_now(session)
+        changes = changes_between(session, old, new)
+    return answers.answer({"from": old, "to": new, "changes": msgspec.to_builtins(changes)})
+
+
+@bp.post("/v1/configs/rollback")
+def roll_back() -> ResponseReturnValue:
+    """A new epoch with the contents of an old one."""
+    incoming = wire.read_write()
+    to = convert(incoming.document, RollbackBody).epoch
+
+    def change(session: Session, intent: Intent) -> Answer:
+        published = rollback(session, to, actor=intent.actor, reason=intent.reason, expected=intent.expected)
+        changes = [{"kind": change.kind, "name": change.name} for change in published.changes]
+        body = {"epoch": published.epoch, "epoch_id": str(published.epoch_id), "changed": bool(changes)}
+        return wire.encoded({**body, "rolled_back_to": to, "changes": changes})
+
+    return write(incoming, change)

@@ -1,0 +1,127 @@
+"""``/v1/configs/models``: the models as they stand in the config DB, read and written."""
+
+from os import getpid
+from socket import gethostname
+from typing import Any
+
+from flask import Blueprint
+from flask.typing import ResponseReturnValue
+from sqlalchemy.orm import Session
+
+from config_db import model_writes
+from config_db.export import model_yaml
+from config_db.families import why_unsupported
+from config_db.idempotency import Answer
+from config_db.json_schema import model_schema
+from config_db.model_writes import Given, Intent, Written, check_model_id, understand
+from config_db.publish import Published
+from config_db.spec import DEFAULT_PROFILE
+from webapp.bundles import bundles_of
+from webapp.config_writes import write
+from webapp.farm import farm
+from webapp.wire import answers
+from webapp.wire import configs as wire
+
+bp = Blueprint("configs", __name__)
+wire.install(bp)
+
+
+@bp.get("/v1/configs/models")
+def index() -> ResponseReturnValue:
+    """All models, by name, and how they came here."""
+    served = farm().served
+    models = [
+        {
+            "model_id": model_id,
+            "profiles": [DEFAULT_PROFILE, *spec.profiles],
+            "source": served.origins.get(model_id, "filesystem"),
+        }
+        for model_id, spec in sorted(served.models.items())
+    ]
+    return answers.answer({"models": models})
+
+
+@bp.get("/v1/configs/models/<path:model>")
+def show(model: str) -> ResponseReturnValue:
+    """One model as a document that can be written back."""
+    served = farm().served
+    spec = served.model(check_model_id(model))
+    return wire.yaml_answer(model_yaml(spec), epoch=served.epoch)
+
+
+@bp.get("/v1/configs/schema")
+def schema() -> ResponseReturnValue:
+    """The JSON Schema of a model's document."""
+    return answers.answer(model_schema())
+
+
+@bp.post("/v1/configs/models")
+def add() -> ResponseReturnValue:
+    """Add a model, or profiles to one; what is there stays as it is."""
+    incoming = wire.read_write()
+    families = farm().settings.family_places
+    given = understand(incoming.document, places=families)
+
+    def change(session: Session, intent: Intent) -> Answer:
+        return _answer(model_writes.add(session, given, intent, families=families), given)
+
+    return write(incoming, change)
+
+
+@bp.put("/v1/configs/models/<path:model>")
+def replace(model: str) -> ResponseReturnValue:
+    """Make a model what the document says."""
+    incoming = wire.read_write()
+    families = farm().settings.family_places
+    given = understand(incoming.document, model_id=check_model_id(model), places=families)
+
+    def change(session: Session, intent: Intent) -> Answer:
+        return _answer(model_writes.replace(session, given, intent, families=families), given)
+
+    return write(incoming, change)
+
+
+@bp.patch("/v1/configs/models/<path:model>")
+def merge(model: str) -> ResponseReturnValue:
+    """Change some fields of a model (RFC 7386)."""
+    incoming = wire.read_write()
+    families = farm().settings.family_places
+    model_id = check_model_id(model)
+
+    def change(session: Session, intent: Intent) -> Answer:
+        written = model_writes.merge(session, model_id, incoming.document, intent, families=families)
+        return _answer(written, Given(model_id, {}))
+
+    return write(incoming, change)
+
+
+@bp.delete("/v1/configs/models/<path:model>")
+def remove(model: str) -> ResponseReturnValue:
+    """Delete a model."""
+    model_id = check_model_id(model)
+
+    def change(session: Session, intent: Intent) -> Answer:
+        published = model_writes.remove(session, model_id, intent)
+        return wire.encoded({"model_id": model_id, "deleted": True, **_epoch(published)})
+
+    return write(wire.read_write(has_document=False), change)
+
+
+def _answer(written: Written, given: Given) -> Answer:
+    """The answer to a write of one model; 201 if it brought a model or a profile."""
+    spec, families = written.spec, farm().settings.family_places
+    unsupported = why_unsupported(spec, families)
+    kept = [] if unsupported is None else [f"the model is kept, but cannot be served: {unsupported}"]
+    body = {
+        "model_id": spec.id,
+        "created_profiles": list(written.created),
+        "existing_profiles_skipped": list(written.skipped),
+        "warnings": [*given.warnings, *kept],
+        "routable_bundles_by_profile": {name: bundles_of(spec, families) for name in written.created},
+        "router_id": f"{gethostname()}:{getpid()}",
+    }
+    return wire.encoded(body | _epoch(written.published), status=201 if written.is_new or written.created else 200)
+
+
+def _epoch(published: Published) -> dict[str, Any]:
+    return {"epoch": published.epoch, "epoch_id": str(published.epoch_id), "changed": bool(published.changes)}
