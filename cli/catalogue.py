@@ -11,6 +11,8 @@ from cli.database import reading, writing
 from cli.demo import DEMO_MODEL, demo_directory
 from common.errors import ModelNotFoundError, SetupError
 from config_db.catalog import apply_models
+from config_db.epochs import lock_epoch
+from config_db.history import last_changed_by_others
 from config_db.model_folders import spec_of_directory
 from config_db.publish import live
 from config_db.rows import read_rows
@@ -37,10 +39,15 @@ def specs_of_directories(directories: Sequence[Path]) -> list[ModelSpec]:
     return specs
 
 
-def publish(database_url: str, specs: Sequence[ModelSpec], *, reason: str, prune: bool = False) -> int:
-    """Make the config DB say so, and return its epoch."""
+def offer(database_url: str, specs: Sequence[ModelSpec], *, reason: str) -> int:
+    """Publish the models a farm starts with, and return the epoch.
+
+    What somebody else has changed or deleted since is left as it is: a restart undoes nobody's work.
+    """
     with writing(database_url) as session:
-        return apply_models(session, specs, actor=ACTOR, reason=reason, prune=prune)
+        lock_epoch(session)
+        others = last_changed_by_others(session, "model", ACTOR)
+        return apply_models(session, [spec for spec in specs if spec.id not in others], actor=ACTOR, reason=reason)
 
 
 def published(database_url: str) -> list[ModelSpec]:

@@ -37,15 +37,17 @@ def main() -> None:
         specs = catalogue.specs_of_directories(options.model_dir)
         if options.demo:
             specs.insert(0, catalogue.demo_spec())
-        first = specs[0].id if specs else None
+        started_with = [spec.id for spec in specs]
         if options.catalog is not None:
             named = {spec.id for spec in specs}  # what the command line names wins
             specs += [spec for spec in read_catalog(options.catalog) if spec.id not in named]
-        epoch = catalogue.publish(database_url, specs, reason="farmhand up")
+        epoch = catalogue.offer(database_url, specs, reason="farmhand up")
+        served = {spec.id for spec in catalogue.published(database_url)}
+        first = next((name for name in started_with if name in served), None)
     except FarmError as error:
         sys.stderr.write(json.dumps({"event": "farm_not_prepared", "reason": error.message}) + "\n")
         sys.exit(1)
-    sys.stdout.write(json.dumps({"epoch": epoch, "models": len(specs), "first": first}))
+    sys.stdout.write(json.dumps({"epoch": epoch, "models": len(served), "first": first}))
 
 
 def _ask_redis(url: str) -> None:

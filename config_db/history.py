@@ -11,6 +11,7 @@ from uuid import UUID
 
 import msgspec
 from sqlalchemy import exists, func, select
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
 from config_db.diff import Difference, differences, is_same
@@ -41,6 +42,19 @@ class HistoryEntry(msgspec.Struct, frozen=True):
     at: datetime
     change_count: int
     changes: tuple[RowChange, ...]
+
+
+def last_changed_by_others(session: Session, kind: Kind, actor: str) -> set[str]:
+    """Names of the rows of a kind, deleted ones too, whose last change was not ``actor``'s."""
+    last = (
+        select(HistoryRow.name, EpochRow.actor)
+        .join(EpochRow, EpochRow.number == HistoryRow.epoch)
+        .where(HistoryRow.kind == kind)
+        .ext(distinct_on(HistoryRow.name))
+        .order_by(HistoryRow.name, HistoryRow.id.desc())
+        .subquery()
+    )
+    return set(session.scalars(select(last.c.name).where(last.c.actor != actor)))
 
 
 def read_history(
