@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from common.errors import ConfigError
@@ -13,7 +14,7 @@ from config_db.engine import time_now
 from config_db.epochs import lock_epoch
 from config_db.publish import Change, Delete, Published, Put, live, planned, publish
 from config_db.rows import read_rows
-from config_db.schema import Kind
+from config_db.schema import Kind, ModelRow
 
 
 def plan_files(session: Session, files: ConfigFiles, *, prune: bool) -> tuple[Change, ...]:
@@ -36,7 +37,8 @@ def apply_files(
         session: the caller's; the caller commits.
         files: without faults.
         prune: also delete what they do not name: models, and those other kinds that some file speaks of. A pool that
-            a client holds under a lease is none of the files' business and stays.
+            a client holds under a lease is none of the files' business and stays, as does a model that was registered
+            from the Hub by being asked for.
         actor: who changes it, for the history.
         reason: why, for the history.
         expected: the epoch the caller has read.
@@ -63,14 +65,19 @@ def _writes(session: Session, files: ConfigFiles, *, prune: bool) -> list[Put | 
     if not prune:
         return [*puts]
     kinds: set[Kind] = {"model", *files.spoken_of}
-    named = {(put.kind, put.name) for put in puts}
+    kept = {(put.kind, put.name) for put in puts} | {("model", name) for name in _registered(session)}
     gone = [
         Delete(kind, name)
         for kind in sorted(kinds)
         for name, content in live(session, kind).items()
-        if (kind, name) not in named and belongs_in_files(kind, content)
+        if (kind, name) not in kept and belongs_in_files(kind, content)
     ]
     return [*puts, *gone]
+
+
+def _registered(session: Session) -> Collection[str]:
+    """Models that came from the Hub because somebody asked for them."""
+    return session.scalars(select(ModelRow.id).where(ModelRow.origin == "auto", ModelRow.deleted_at.is_(None))).all()
 
 
 def _with_stamp(put: Put, row: Mapping[str, Any] | None) -> Put:

@@ -6,8 +6,10 @@ Owns when connections are made and dropped, and nothing else: what is asked over
 
 import os
 import threading
+from typing import Final
 
 from common.clock import FarmClock
+from common.errors import QueueUnavailableError
 from tasks import following, submitting, web_processes
 from tasks.connections import Connections
 from tasks.live_workers import WorkerView, live_workers
@@ -15,6 +17,9 @@ from tasks.messages import Outcome
 from tasks.records import TaskView
 from tasks.submitting import Call
 from tasks.web_processes import WebView
+
+SHUTDOWN_S: Final = 5.0
+"""When a farm that shuts down may be back, or another one have taken its place."""
 
 
 class FarmClient:
@@ -91,6 +96,12 @@ class FarmClient:
     def dropped(self) -> int:
         """Replies that came when nobody waited any more."""
         return self._connections.replies.dropped if self._connections is not None else 0
+
+    def give_up(self) -> None:
+        """The process ends: callers of ``run`` get QueueUnavailableError, and their requests are taken back."""
+        if self._connections is not None:
+            ends = QueueUnavailableError("this farm is shutting down; try again", retry_after_s=SHUTDOWN_S)
+            self._connections.replies.give_up(ends)
 
     def close(self) -> None:
         """Drop all connections. The client may be used again and connects anew."""

@@ -7,6 +7,7 @@ from its head to its head, which waits for a reply and changes nothing.
 """
 
 import threading
+from contextlib import suppress
 from time import sleep
 from typing import Any, Final
 
@@ -33,11 +34,12 @@ FULL_POLL_S: Final = 0.01
 class Waiter:
     """One caller's place to wait for its outcome, or for the word that there will be none."""
 
-    __slots__ = ("_event", "error", "outcome")
+    __slots__ = ("_event", "error", "is_given_up", "outcome")
 
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
         self.error: FarmError | None = None
+        self.is_given_up = False
         self._event = threading.Event()
 
     def wait(self, timeout_s: float) -> bool:
@@ -53,6 +55,11 @@ class Waiter:
         """Hand over why there will be no outcome."""
         self.error = error
         self._event.set()
+
+    def give_up(self, error: FarmError) -> None:
+        """Send the caller away though a reply may still come: its request is to be taken back."""
+        self.is_given_up = True
+        self.fail(error)
 
     def confirm(self) -> None:
         """Say that the request is published, to a caller that waits for no more than that."""
@@ -95,6 +102,12 @@ class ReplyListener:
     def waiting(self) -> int:
         """Callers that wait for a reply now."""
         return len(self._waiters)
+
+    def give_up(self, error: FarmError) -> None:
+        """Send everyone away who waits: this process ends."""
+        while self._waiters:
+            with suppress(KeyError):  # its reply has just come
+                self._waiters.popitem()[1].give_up(error)
 
     def close(self) -> None:
         """End the listener; what still comes is left to the list's time to live."""

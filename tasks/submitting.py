@@ -42,6 +42,7 @@ class Call:
     tenant: str = "default"
     adapter: str | None = None
     trace: str | None = None
+    query_id: str | None = None
 
 
 def submit(connections: Connections, call: Call, *, asynchronous: bool) -> str:
@@ -123,6 +124,7 @@ def _ticket(call: Call, *, now: float, asynchronous: bool, body_key: str | None)
         adapter=call.adapter,
         body_key=body_key,
         trace=call.trace,
+        query_id=call.query_id,
     )
 
 
@@ -142,6 +144,8 @@ def _await_reply(connections: Connections, entry: Entry, waiter: Waiter, until: 
             raise overdue_error()
         waiter.wait(LATE_REPLY_S)
     if waiter.error is not None:
+        if waiter.is_given_up:
+            _has_given_up(connections, entry.task_id)
         raise waiter.error
     if waiter.outcome is None:
         raise overdue_error()

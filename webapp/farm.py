@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
-from flask import current_app
+from flask import Flask, current_app
 
 from common.settings import WebSettings
 from config_db.snapshot import Snapshot
@@ -48,6 +48,11 @@ def install(extensions: dict[str, Any], farm: Farm) -> None:
     extensions[_EXTENSION] = farm
 
 
+def farm_of(app: Flask) -> Farm:
+    """The farm of an application."""
+    return cast("Farm", app.extensions[_EXTENSION])
+
+
 def farm() -> Farm:
     """The farm of the application that serves this request."""
-    return cast("Farm", current_app.extensions[_EXTENSION])
+    return farm_of(current_app)

@@ -1,19 +1,24 @@
 """gunicorn's gevent worker, ending promptly: idle keep-alive connections do not hold up its shutdown.
 
 Stock gunicorn waits for every open connection until ``graceful_timeout``, also for those on which no request is under
-way. Here these are closed when the worker is told to stop; requests under way are answered as before.
+way. Here these are closed when the worker is told to stop; requests under way are answered as before. Told to hurry, it
+cuts the connections of those who still wait; here they are first told to try again, and their requests taken back.
 """
 
 import os
 import socket
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Final
 
 import gevent
 from gevent import monkey
 from gunicorn.workers.ggevent import GeventWorker
 
+from webapp.farm import farm_of
+
+GIVE_UP_S: Final = 1.0
+"""How long callers who are sent away may take to go."""
 _PLAIN_SOCKET = monkey.get_original("socket", "socket")
 
 
@@ -44,6 +49,18 @@ class FarmWebWorker(GeventWorker):  # type: ignore[misc]  # gunicorn is untyped
         """Told to stop: no further requests, and no waiting for any."""
         super().handle_exit(sig, frame)
         gevent.spawn(self._close_idle)
+
+    def handle_quit(self, sig: int, frame: FrameType | None) -> None:
+        """Told to hurry: nobody is left who could answer."""
+        gevent.spawn(self._quit, sig, frame)
+
+    def _quit(self, sig: int, frame: FrameType | None) -> None:
+        self.alive = False
+        self._close_idle()
+        farm_of(self.wsgi).client.give_up()
+        with gevent.Timeout(GIVE_UP_S, exception=False):
+            gevent.joinall([one for one in self._clients if one not in self._idle])
+        super().handle_quit(sig, frame)
 
     def _close_idle(self) -> None:
         for greenlet in list(self._idle):

@@ -3,7 +3,8 @@
 from celery import Celery
 
 from common import faults
-from common.logs import configure_logs
+from common.errors import SetupError
+from common.logs import configure_logs, get_logger
 from common.settings import WorkerSettings, load_settings
 from tasks.app import build_app
 from tasks.names import TASK_NAMES
@@ -31,7 +32,11 @@ def build_worker_app(settings: WorkerSettings) -> Celery:
 
 
 def _from_environment() -> Celery:
-    settings = load_settings(WorkerSettings)
+    try:
+        settings = load_settings(WorkerSettings)
+    except SetupError as error:
+        get_logger("workers").critical("worker_refused", reason=error.message)
+        raise SystemExit(1) from None
     configure_logs(level=settings.log_level)
     faults.arm(settings.fault)
     return build_worker_app(settings)

@@ -143,6 +143,14 @@ def test_pruning_takes_only_what_the_files_speak_of(engine: Engine, tmp_path: Pa
     assert names(engine, "model") == set()
 
 
+def test_pruning_leaves_what_was_registered_from_the_hub(engine: Engine, tmp_path: Path) -> None:
+    with Session(engine) as session, session.begin():
+        registered = {"id": "org/asked-for", "family": "dense", "source": {"hub": "org/asked-for"}}
+        publish(session, [Put("model", "org/asked-for", registered, "auto")], **WHO)
+    apply(engine, files(tmp_path, b=f"id: b\n{MODEL}"), prune=True)
+    assert names(engine, "model") == {"b", "org/asked-for"}
+
+
 def test_a_pool_stays_somebodys(engine: Engine, tmp_path: Path) -> None:
     pool = "pools: {gold: {machine_profiles: {cpu: 1}, tenant: acme}}"
     with pytest.raises(ConfigError, match=r"pool gold is of the tenant 'acme'"):

@@ -313,6 +313,17 @@ def test_a_message_replayed_by_hand_is_answered_once(live: LiveFarm) -> None:
     live.wait_outcomes([task_id])
 
 
+def test_a_worker_refuses_a_misspelt_setting_in_one_line(tmp_path: Path) -> None:
+    farm = LiveFarm("redis://127.0.0.1:1/0", "postgresql://127.0.0.1/none", tmp_path)
+    worker = farm.start_worker(ready=False, pool="NO SUCH")
+    try:
+        assert worker.process.wait(30) == 1
+        assert "FARMHAND_POOL" in worker.tail()
+        assert "Traceback" not in worker.tail()
+    finally:
+        farm.close()
+
+
 def test_a_worker_refuses_a_redis_that_evicts(own_redis: RedisServer, database_url: str, tmp_path: Path) -> None:
     own_redis.client().config_set("maxmemory-policy", "allkeys-lru")
     farm = LiveFarm(own_redis.url, database_url, tmp_path)

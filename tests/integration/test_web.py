@@ -311,6 +311,24 @@ def test_shutdown_answers_what_it_has_taken(own_redis: RedisServer, tmp_path: Pa
     web.http.close()
 
 
+def test_a_hurried_shutdown_tells_who_waits_to_try_again(own_redis: RedisServer, tmp_path: Path) -> None:
+    """As at the end of a whole farm: the workers are gone, and nobody will answer."""
+    web, standin = start_web(own_redis.url, tmp_path), StandIn(own_redis.url)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(web.encode, f"{at}") for at in range(4)]
+        taken = [standin.take() for _ in range(4)]
+        assert own_redis.client().zcard(names.OPEN) == len(taken)
+        web.process.send_signal(signal.SIGTERM)
+        web.process.send_signal(signal.SIGQUIT)
+        responses = [response.result(10) for response in waiting]
+    assert {response.status_code for response in responses} == {503}
+    assert {response.json()["error"]["code"] for response in responses} == {"QUEUE_UNAVAILABLE"}
+    assert all(float(response.headers["Retry-After"]) > 0 for response in responses)
+    assert not own_redis.client().exists(names.OPEN)
+    web.process.wait(10)
+    web.http.close()
+
+
 def test_the_real_application_serves_what_the_config_db_says(redis_url: str, database_url: str, tmp_path: Path) -> None:
     engine = open_engine(database_url)
     with Session(engine) as session, session.begin():
