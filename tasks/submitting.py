@@ -124,7 +124,6 @@ def _ticket(call: Call, *, now: float, asynchronous: bool, body_key: str | None)
         adapter=call.adapter,
         body_key=body_key,
         trace=call.trace,
-        query_id=call.query_id,
     )
 
 
