@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import config, figures
+from bench import config, figures, residency
+from bench.adapters import adapters8_ratio
 from bench.apply import apply1000_s
 from bench.drain import drain_msgs_per_s
 from bench.figures import Effort, Figure, Measured, spread
@@ -27,6 +28,15 @@ FIGURES: dict[str, tuple[Figure, float | None, float | None]] = {
     "overhead_ms_p50": (figures.overhead_ms_p50, 3.0, 1.5),
     "drain_msgs_per_s": (drain_msgs_per_s, 8000, 12000),
     "evict12_ratio": (figures.evict12_ratio, 0.8, 0.95),
+    "host_reload_ms": (residency.host_reload_ms, 8, 5),
+    "disk_reload_ms": (residency.disk_reload_ms, 50, 25),
+    "zipf200_ratio": (residency.zipf200_ratio, 0.8, 0.95),
+    "swap_share": (residency.swap_share, 0.15, 0.05),
+    "leak_pct": (residency.leak_pct, 2, 1),
+    "mem_per_model_mb": (residency.mem_per_model_mb, 45, 40),
+    "host_idle_mb": (residency.host_idle_mb, 450, 350),
+    "load_beside_p99_ratio": (residency.load_beside_p99_ratio, 1.3, 1.1),
+    "mixed_ratio": (figures.mixed32_ratio, 0.85, 0.95),
     "start_s": (figures.start_s, 15, 8),
     "farm_idle_mb": (figures.farm_idle_mb, 1600, 1100),
     "growth": (figures.growth, None, None),
@@ -34,6 +44,7 @@ FIGURES: dict[str, tuple[Figure, float | None, float | None]] = {
     "delta_p99_ms": (config.delta_p99_ms, 200, 100),
     "resolve_us": (config.resolve_us, 20, 1),
     "apply1000_s": (apply1000_s, 10, 3),
+    "adapters8_ratio": (adapters8_ratio, 0.6, 0.8),
 }
 """Name, function, what is to be reached, and what would delight; the better direction is the stretch's."""
 

@@ -78,7 +78,7 @@ def busy_core_ratio(effort: Effort) -> Measured:
     measured = Measured()
     with running() as farm:
         _warm(farm)
-        for busy, quiet in _in_turns(
+        for busy, quiet in in_turns(
             effort, lambda: _beside_a_busy_core(farm, effort), lambda: farm.load(64, 1, effort.seconds)
         ):
             measured.samples.append(busy["texts_s"] / quiet["texts_s"])
@@ -118,15 +118,15 @@ def evict12_ratio(effort: Effort) -> Measured:
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="farmhand-bench-models-"))
         stack.callback(rmtree, folder, ignore_errors=True)
-        words = [word for path in _perturbed(folder) for word in ("--model-dir", str(path))]
+        words = [word for path in perturbed(folder) for word in ("--model-dir", str(path))]
         models = tuple(path.name for path in sorted(folder.iterdir()))
         roomy = stack.enter_context(running("--no-demo", "--hosts", "2", *words))
         _warm(roomy, models[0])
-        memory = str(int(ROOM_FOR * _model_bytes(roomy.precision()) * SPARE))
+        memory = str(int(ROOM_FOR * model_bytes(roomy.precision()) * SPARE))
         tight = stack.enter_context(running("--no-demo", "--hosts", "2", *words, FARMHAND_DEVICE_MEMORY=memory))
         for farm in (roomy, tight):
             farm.load(16, 32, 4 * effort.seconds, "short", *models)
-        for less, whole in _in_turns(
+        for less, whole in in_turns(
             effort,
             lambda: tight.load(16, 32, effort.seconds, "short", *models),
             lambda: roomy.load(16, 32, effort.seconds, "short", *models),
@@ -201,7 +201,7 @@ def _ratio(effort: Effort, model: str, kind: str, *, callers: int, count: int) -
         _warm(farm, model)
         precision = "float32" if model == FP32 else farm.precision()
         ceiling = stack.enter_context(ceilings(precision))
-        for seen, top in _in_turns(
+        for seen, top in in_turns(
             effort,
             lambda: farm.load(callers, count, effort.seconds, kind, model),
             lambda: ceiling.run(kind, effort.seconds),
@@ -213,7 +213,7 @@ def _ratio(effort: Effort, model: str, kind: str, *, callers: int, count: int) -
     return measured
 
 
-def _in_turns(effort: Effort, one: Callable[[], One], other: Callable[[], Other]) -> Iterator[tuple[One, Other]]:
+def in_turns(effort: Effort, one: Callable[[], One], other: Callable[[], Other]) -> Iterator[tuple[One, Other]]:
     """Both in every round; each goes first in every second one, so that neither gains by its place."""
     for place in range(effort.rounds):
         if place % 2:
@@ -258,17 +258,17 @@ def shares(cpu_ms: Mapping[str, float]) -> str:
     return ", ".join(f"{role} {used:.3g}" for role, used in sorted(cpu_ms.items()) if used >= 0.005)
 
 
-def _model_bytes(precision: str) -> int:
+def model_bytes(precision: str) -> int:
     """What one resident demo model holds."""
     weights = load_file(demo_folder() / "model.safetensors").values()
     return ITEM_BYTES[precision] * sum(tensor.numel() for tensor in weights if tensor.is_floating_point())
 
 
-def _perturbed(folder: Path) -> Sequence[Path]:
+def perturbed(folder: Path, count: int = EVICTED_MODELS) -> Sequence[Path]:
     """The demo model with different weights, some times over, each in files of its own."""
     made = []
-    for place in range(EVICTED_MODELS):
-        path = folder / f"model-{place:02}"
+    for place in range(count):
+        path = folder / f"model-{place:03}"
         copytree(demo_folder(), path)
         weights = load_file(path / "model.safetensors")
         for tensor in weights.values():

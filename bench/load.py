@@ -1,7 +1,8 @@
 """The load generator: a process of its own, asyncio streams, requests built beforehand, answers not decoded.
 
 ``python -m bench.load PORT CALLERS TEXTS SECONDS KIND MODEL[,MODEL...]`` prints one JSON object. ``KIND`` is short or
-mixed. With several models each request asks one of them, by Zipf's law.
+mixed. With several models each request asks one of them, by Zipf's law; ``MODEL#ADAPTER`` asks for an adapter, of
+several each as often as any other.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import msgspec
 from bench import texts
 
 BODIES = 256
+BODIES_A_MODEL = 8
 WARM_UP_S = 0.5
 
 
@@ -34,13 +36,16 @@ class Seen:
 def requests(count: int, kind: str, models: list[str]) -> list[bytes]:
     """Whole HTTP requests, bodies in msgpack."""
     dice = random.Random(7)
-    weights = [1 / (rank + 1) for rank in range(len(models))]
+    weights = [1 / (rank + 1) if "#" not in name else 1 for rank, name in enumerate(models)]
     sample = getattr(texts, kind)(max(BODIES, count), seed=3)
     made = []
-    for _ in range(BODIES):
-        body = msgspec.msgpack.encode({"items": [{"text": text} for text in dice.sample(sample, count)]})
+    for _ in range(max(BODIES, BODIES_A_MODEL * len(models))):
+        items = [{"text": text} for text in dice.sample(sample, count)]
+        model, _, adapter = dice.choices(models, weights)[0].partition("#")
+        rest = {"params": {"options": {"lora": adapter}}} if adapter else {}
+        body = msgspec.msgpack.encode({"items": items, **rest})
         head = (
-            f"POST /v1/encode/{dice.choices(models, weights)[0]} HTTP/1.1\r\nHost: bench\r\n"
+            f"POST /v1/encode/{model} HTTP/1.1\r\nHost: bench\r\n"
             f"Content-Type: application/msgpack\r\nAccept: application/msgpack\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         made.append(head.encode() + body)

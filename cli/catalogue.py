@@ -18,7 +18,8 @@ from config_db.publish import live
 from config_db.rows import read_rows
 from config_db.spec import ModelSpec, Placement
 
-ACTOR: Final = "farmhand"
+ACTOR: Final = "farmhand up"
+"""No user of a machine is called so: what people change is not taken for the farm's own doing."""
 
 
 def demo_spec() -> ModelSpec:

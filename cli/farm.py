@@ -196,7 +196,8 @@ class FarmPlan:
                 *(sys.executable, "-m", "celery", "-A", "workers.app", "worker"),
                 *("-n", f"{name}@%h", "--loglevel", "WARNING"),
             ],
-            environment=self._environment,
+            environment=self._environment
+            | {"FARMHAND_WORKERS_HERE": str(self.options.workers), "FARMHAND_WORKER_NUMBER": str(number)},
             needs=self._own(needs),
             on_death=lambda pid: heartbeats.forget(self.redis_url, pid=pid),
             tries=WORKER_TRIES,

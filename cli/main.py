@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli import config, local_farm
+from cli import config, keys, local_farm, models
 from cli.config import DataDir
 from cli.screen import Screen
 from common.errors import FarmError, SetupError
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 letters = typer.Typer(help="Messages the farm has given up.", no_args_is_help=True)
 app.add_typer(config.app, name="config")
+app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
 app.add_typer(letters, name="dead-letters")
 
 PORT = {"min": 1, "max": 65535}
@@ -57,16 +59,6 @@ def up(
         has_demo=demo,
     )
     bring_up(options, data_dir, Screen())
-
-
-@app.command()
-def models(data_dir: DataDir = local_farm.DATA_DIR) -> None:
-    """List what is served."""
-    from cli import catalogue
-
-    specs = catalogue.published(local_farm.database_url(data_dir))
-    rows = [(spec.id, spec.family, ",".join(spec.operations), str(spec.source)) for spec in specs]
-    Screen().table(("model", "family", "operations", "source"), rows)
 
 
 @app.command()

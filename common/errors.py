@@ -6,6 +6,8 @@ FarmError                      INTERNAL_ERROR
 |  |  +- ModelNotFoundError    MODEL_NOT_FOUND
 |  |  +- TaskNotFoundError     TASK_NOT_FOUND
 |  +- MethodNotAllowedError    METHOD_NOT_ALLOWED
+|  +- UnauthenticatedError     UNAUTHENTICATED        no key, or one that is not valid
+|  +- ForbiddenError           FORBIDDEN              the key is valid, but not for this
 |  +- MediaTypeError           UNSUPPORTED_MEDIA_TYPE
 |  +- InputTooLongError        INPUT_TOO_LONG         one input is longer than the model takes
 |  +- BodyTooLargeError        INPUT_TOO_LONG         the whole body is over the limit
@@ -17,8 +19,10 @@ FarmError                      INTERNAL_ERROR
 |  +- QueueFullError           QUEUE_FULL
 |  +- ResidencyFullError       RESOURCE_EXHAUSTED     every resident model is leased, or the model cannot fit
 |  +- ModelLoadingError        MODEL_LOADING          the deadline would pass before the model is loaded
+|  +- AdapterLoadingError      LORA_LOADING           the deadline passed before the adapter was there
 |  +- QueueUnavailableError    QUEUE_UNAVAILABLE      Redis does not answer
 |  +- ConfigUnavailableError   CONFIG_UNAVAILABLE     Postgres does not answer
+|  +- AuthUnavailableError     AUTH_UNAVAILABLE       the issuer of tokens does not answer
 +- ModelLoadError              MODEL_LOAD_FAILED      the model cannot be loaded; ``details`` say why
 +- InferenceError              INFERENCE_ERROR        the model failed on this request
 +- WorkerLostError             WORKER_LOST            workers died with this request running
@@ -101,6 +105,18 @@ class MethodNotAllowedError(RequestError):
     code = "METHOD_NOT_ALLOWED"
 
 
+class UnauthenticatedError(RequestError):
+    """Nobody knows who calls: no key, or one that is unknown, expired or revoked."""
+
+    code = "UNAUTHENTICATED"
+
+
+class ForbiddenError(RequestError):
+    """The caller is known and may not do this."""
+
+    code = "FORBIDDEN"
+
+
 class MediaTypeError(RequestError):
     """The body is neither JSON nor msgpack."""
 
@@ -166,6 +182,12 @@ class ModelLoadingError(CapacityError):
     code = "MODEL_LOADING"
 
 
+class AdapterLoadingError(CapacityError):
+    """The deadline passed before the adapter was there; its loading goes on."""
+
+    code = "LORA_LOADING"
+
+
 class QueueUnavailableError(CapacityError):
     """Redis does not answer."""
 
@@ -178,11 +200,18 @@ class ConfigUnavailableError(CapacityError):
     code = "CONFIG_UNAVAILABLE"
 
 
+class AuthUnavailableError(CapacityError):
+    """The issuer of tokens does not answer."""
+
+    code = "AUTH_UNAVAILABLE"
+
+
 class ModelLoadError(FarmError):
     """The model cannot be loaded.
 
     ``details``: ``error_class`` (GATED NOT_FOUND DEPENDENCY CONFIG OOM NETWORK STORAGE ENGINE TIMEOUT UNKNOWN),
-    ``permanent`` (trying again without a change is pointless) and ``attempts``.
+    ``permanent`` (trying again without a change is pointless) and ``attempts``; where known ``remedy`` (what to do) and
+    ``tried`` (the places its weights were looked for).
     """
 
     code = "MODEL_LOAD_FAILED"

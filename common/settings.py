@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ByteSize, Field, ValidationError
+from pydantic import ByteSize, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.errors import SetupError
@@ -52,6 +52,20 @@ class WebSettings(CommonSettings):
     sync_timeout_s: float = Field(120.0, gt=0, description="deadline of a synchronous request by default")
     web_processes: int = Field(1, gt=0, description="gunicorn processes; one serves some thousand requests a second")
     async_timeout_s: float = Field(3600.0, gt=0, description="deadline of an asynchronous request by default")
+    auth: Literal["none", "static", "keys", "oidc"] = Field(
+        "none", description="who may call; none: everyone, and only this machine's own addresses are listened on"
+    )
+    auth_open: bool = Field(False, description="ask for no key though other networks reach the API")
+    auth_tokens: SecretStr = Field(SecretStr(""), description="static: tokens that may do inference, comma-separated")
+    auth_tokens_file: Path | None = Field(None, description="static: further ones, one a line")
+    auth_admin_tokens: SecretStr = Field(SecretStr(""), description="static: tokens that may do everything")
+    auth_admin_tokens_file: Path | None = Field(None, description="static: further ones, one a line")
+    oidc_issuer: str = Field("", description="oidc: the issuer of tokens, as https://login.example.org/realm")
+    oidc_audience: str = Field("", description="oidc: what tokens must be meant for")
+    oidc_jwks_url: str = Field("", description="oidc: where the issuer's keys are; empty: as its configuration says")
+    oidc_tenant_claim: str = Field(
+        "tenant", description="oidc: the claim that names the tenant; empty: the default one"
+    )
 
 
 class WorkerSettings(CommonSettings):
@@ -59,12 +73,40 @@ class WorkerSettings(CommonSettings):
 
     hosts: int = Field(0, ge=0, description="model processes; 0: one per device, or one per core on CPU")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    workers_here: int = Field(1, gt=0, description="workers of this machine, which share its devices and cores")
+    worker_number: int = Field(1, gt=0, description="which of them this one is, from 1")
     device_memory: ByteSize | None = Field(
         None, description="bytes models may hold on the device, as 4GiB; unset: measured"
     )
+    host_memory: ByteSize | None = Field(
+        None, description="bytes of weights a host of a GPU keeps in host memory, as 16GiB; unset: a quarter of it"
+    )
+    copies_limit: ByteSize = Field(
+        ByteSize(16 * 2**30), description="bytes of converted weights kept in the state directory; 0: none are kept"
+    )
+    host_growth: ByteSize = Field(
+        ByteSize(2 * 2**30), description="a host whose memory grows by more that nothing explains is replaced; 0: never"
+    )
     device_fraction: float = Field(0.85, gt=0, le=1, description="share of the measured memory that models may hold")
     model_dirs: str = Field("", description="colon-separated roots under which local model directories are allowed")
-    hub_cache: Path | None = Field(None, description="where Hub downloads are kept; unset: huggingface_hub's default")
+    hub_cache: Path | None = Field(None, description="huggingface_hub's cache, read before asking; unset: its default")
+    weights_dir: Path | None = Field(
+        None, description="where fetched weights are kept; unset: the directory farmhand in the Hub cache"
+    )
+    weights_fill: float = Field(
+        0.85, gt=0, le=1, description="share of that disk above which the least recently used weights are removed"
+    )
+    weights_max_bytes: ByteSize | None = Field(
+        None, description="bytes fetched weights may take, as 200GiB; unset: as many as the disk holds"
+    )
+    weights_timeout_s: float = Field(
+        540.0, gt=0, description="how long one fetch may take; the next goes on from there"
+    )
+    bucket: str = Field(
+        "", pattern=r"^(s3://[^/\s]+(/\S*)?)?$", description="between the disk and the Hub, as s3://name/prefix"
+    )
+    bucket_endpoint: str = Field("", description="URL of an S3-compatible server; empty: as boto3 is configured")
+    bucket_sources: str = Field("", description="further s3:// URIs that models may lie under, comma-separated")
     preload_families: str = Field("dense", description="families imported before hosts start, comma-separated")
     torch_threads: int = Field(1, gt=0, description="threads of one host's forward pass on CPU")
     cuda_visible_devices: str | None = Field(None, validation_alias="CUDA_VISIBLE_DEVICES")

@@ -61,7 +61,7 @@ def describe(files: Files, *, model_id: str, source: Mapping[str, str]) -> Model
         ConfigError: the id or a number in the files is none that a model may have.
     """
     modules = _modules(files)
-    encoder = next((module.folder for module in modules if module.kind.endswith("Transformer")), "")
+    encoder = next((module.folder for module in modules if module.kind.endswith(("Transformer", "CLIPModel"))), "")
     names = files.names()
     if "gliner_config.json" in names:
         family, config = "gliner", _mapping(files, "gliner_config.json")
@@ -83,7 +83,7 @@ def describe(files: Files, *, model_id: str, source: Mapping[str, str]) -> Model
             "outputs": known.outputs,
             "inputs": known.inputs,
             "dims": _dims(family, files, modules, encoder, config),
-            "max_length": _longest(files, encoder, config),
+            "max_length": _longest(family, files, encoder, config),
         }
     )
 
@@ -99,13 +99,20 @@ def _modules(files: Files) -> list[Module]:
     for entry in entries:
         package, _, kind = str(entry.get("type")).rpartition(".")
         found.append(Module(kind, package.partition(".")[0], str(entry.get("path") or "").strip("/")))
-    return found
+    return [part for module in found for part in (_routed(files, module) if module.kind == "Router" else [module])]
+
+
+def _routed(files: Files, router: Module) -> list[Module]:
+    """The modules that a router sends texts through."""
+    types = _mapping(files, _in(router.folder, "router_config.json")).get("types")
+    parts = types.items() if isinstance(types, dict) else ()
+    return [Module(str(kind).rpartition(".")[2], router.package, _in(router.folder, name)) for name, kind in parts]
 
 
 def _family(files: Files, modules: list[Module], config: Mapping[str, Any]) -> str:
     """Which family runs it; ModelUnsupportedError if none does."""
     names = files.names()
-    if {"colbert_linear.pt", "sparse_linear.pt"} <= set(names):
+    if {"colbert_linear", "sparse_linear"} <= {name.rpartition(".")[0] for name in names}:
         return "bge-m3"
     code = config.get("auto_map")
     if isinstance(code, dict) and any(str(name).startswith("AutoModel") for name in code):
@@ -177,14 +184,23 @@ def _dims(family: str, files: Files, modules: list[Module], encoder: str, config
     return {name: size for name, size in by_output.items() if name in wanted and isinstance(size, int) and size > 0}
 
 
-def _longest(files: Files, encoder: str, config: Mapping[str, Any]) -> int | None:
-    """Tokens a text may have, as the model's authors set it."""
+def _longest(family: str, files: Files, encoder: str, config: Mapping[str, Any]) -> int | None:
+    """Tokens a text may have, as the model's authors set it: for late interaction a document."""
     longest = config.get("max_len")  # GLiNER's name of it
+    if family == "multivector":
+        longest = _longest_document(files, encoder)
     if longest is None:
         longest = _mapping(files, _in(encoder, "sentence_bert_config.json")).get("max_seq_length")
     if longest is None:
         longest = _mapping(files, _in(encoder, "tokenizer_config.json")).get("model_max_length")
     return longest if isinstance(longest, int) and 0 < longest < _UNBOUNDED else None
+
+
+def _longest_document(files: Files, encoder: str) -> Any:
+    places = (("artifact.metadata", "doc_maxlen"), ("config_sentence_transformers.json", "document_length"))
+    own = (_in(encoder, "sentence_bert_config.json"), "document_length")
+    said = (_mapping(files, name).get(field) for name, field in (own, *places))
+    return next((length for length in said if length is not None), None)
 
 
 def _mapping(files: Files, name: str) -> Mapping[str, Any]:
@@ -197,4 +213,4 @@ def _is_weights(name: str, folder: str) -> bool:
 
 
 def _in(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+    return "/".join(part for part in (folder, name) if part)

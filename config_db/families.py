@@ -1,8 +1,4 @@
-"""The kinds of models there are: what each can do, and whether this release has the code that runs it.
-
-A model of a known family without code is kept in the config DB and refused by name (``unsupported``), so that a
-catalogue can be complete before every family is.
-"""
+"""The kinds of models there are, and what each can do. ``workers.host.families`` has the code that runs them."""
 
 from collections.abc import Collection, Mapping
 from typing import Final
@@ -13,43 +9,37 @@ from config_db.spec import Input, ModelSpec, Operation, Output
 
 
 class Family(msgspec.Struct, frozen=True):
-    """One kind of model: what its models can do, give and take.
-
-    ``missing`` says why it cannot be served; None: ``workers.host.families`` has its code.
-    """
+    """One kind of model: what its models can do, give and take."""
 
     operations: tuple[Operation, ...]
     outputs: tuple[Output, ...]
     inputs: tuple[Input, ...] = ("text",)
-    missing: str | None = None
-
-
-def _coming(
-    name: str, operations: tuple[Operation, ...], outputs: tuple[Output, ...], *further_inputs: Input
-) -> tuple[str, Family]:
-    missing = f"the family `{name}` is not in this release yet"
-    return name, Family(operations, outputs, ("text", *further_inputs), missing)
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "dense": Family(("encode",), ("dense",)),
-    **dict(
-        (
-            _coming("sparse", ("encode",), ("sparse",)),
-            _coming("multivector", ("encode", "score"), ("multivector",)),
-            _coming("bge-m3", ("encode", "score"), ("dense", "sparse", "multivector")),
-            _coming("cross-encoder", ("score",), ("score",)),
-            _coming("causal-reranker", ("score",), ("score",)),
-            _coming("token-classification", ("extract",), ("json",)),
-            _coming("gliner", ("extract",), ("json",)),
-            _coming("gliner2", ("extract",), ("json",)),
-            _coming("gliclass", ("extract",), ("json",)),
-            _coming("nli", ("extract",), ("json",)),
-            _coming("clip", ("encode",), ("dense",), "image"),
-            _coming("siglip", ("encode",), ("dense",), "image"),
-        )
-    ),
+    "sparse": Family(("encode",), ("sparse",)),
+    "multivector": Family(("encode", "score"), ("multivector",)),
+    "bge-m3": Family(("encode", "score"), ("dense", "sparse", "multivector")),
+    "cross-encoder": Family(("score",), ("score",)),
+    "causal-reranker": Family(("score",), ("score",)),
+    "token-classification": Family(("extract",), ("json",)),
+    "gliner": Family(("extract",), ("json",)),
+    "gliner2": Family(("extract",), ("json",)),
+    "gliclass": Family(("extract",), ("json",)),
+    "nli": Family(("extract",), ("json",)),
+    "clip": Family(("encode",), ("dense",), ("text", "image")),
+    "siglip": Family(("encode",), ("dense",), ("text", "image")),
 }
+
+
+ADAPTABLE: Final = frozenset(("dense", "cross-encoder", "causal-reranker"))
+"""Families whose models take adapters."""
+
+
+def takes_adapters(family: str) -> bool:
+    """Whether adapters may be named for models of a family; the host of a family of the operator's own decides."""
+    return family in ADAPTABLE or family not in FAMILIES
 
 
 def why_unsupported(spec: ModelSpec, extra: Collection[str] | None = None) -> str | None:
@@ -61,9 +51,5 @@ def why_unsupported(spec: ModelSpec, extra: Collection[str] | None = None) -> st
     """
     if spec.unsupported is not None:
         return spec.unsupported
-    if extra is not None and spec.family in extra:
-        return None
-    family = FAMILIES.get(spec.family)
-    if family is not None:
-        return family.missing
-    return f"there is no family `{spec.family}`" if extra is not None else None
+    is_known = extra is None or spec.family in extra or spec.family in FAMILIES
+    return None if is_known else f"there is no family `{spec.family}`"

@@ -26,6 +26,7 @@ MEANINGS: Final[Mapping[str, Mapping[str, str]]] = {
         "description": "For people.",
         "operations": "What it can be asked for.",
         "inputs": "What it can be given.",
+        "matryoshka": "Smaller widths that its dense vectors were trained to be cut to.",
         "profiles": "Named variants, each served as <id>:<name>.",
         "adapters": "LoRA adapters that requests may name.",
         "limits": "Bounds of this model.",

@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Final, NamedTuple
 
 from psycopg import Error, OperationalError
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import ExecStatus, PGconn, PollingStatus
 from psycopg.pq.abc import PGconn as Connection
 
@@ -144,7 +145,7 @@ def _listening(conninfo: bytes) -> Generator[_Awaited, None, None]:
     Raises:
         psycopg.Error: it could not be made, or was lost.
     """
-    connection = PGconn.connect_start(conninfo)
+    connection = PGconn.connect_start(_resolved(conninfo))
     try:
         while (status := connection.connect_poll()) != PollingStatus.OK:
             if status == PollingStatus.FAILED:
@@ -165,6 +166,23 @@ def _listening(conninfo: bytes) -> Generator[_Awaited, None, None]:
                 is_told = True
     finally:
         connection.finish()
+
+
+def _resolved(conninfo: bytes) -> bytes:
+    """The same with the host's address beside its name: libpq would look it up itself, and everyone would wait.
+
+    Raises:
+        psycopg.OperationalError: the name cannot be resolved.
+    """
+    parts = conninfo_to_dict(conninfo.decode())
+    host = str(parts.get("host") or "")
+    if not host or host.startswith(("/", "@")) or "," in host or parts.get("hostaddr"):
+        return conninfo
+    try:
+        found = socket.getaddrinfo(host, int(parts.get("port") or 0), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise OperationalError(f"the host {host!r} cannot be resolved: {error}") from error
+    return make_conninfo(conninfo.decode(), hostaddr=found[0][4][0]).encode()
 
 
 def _has_answer(connection: Connection) -> bool:

@@ -148,7 +148,8 @@ class ModelSpec(_Part, frozen=True, kw_only=True, dict=True):
     """One model as the config DB names it.
 
     ``None`` means: as the model's own files say. ``family`` names the code that runs it (``config_db.families``).
-    ``dims`` holds the width of each output, in numbers; ``max_length`` tokens. ``prompts`` are put before a text by
+    ``dims`` holds the width of each output, in numbers; ``matryoshka`` the smaller widths that its dense vectors were
+    trained to be cut to; ``max_length`` tokens. ``prompts`` are put before a text by
     name; ``templates`` hold ``{text}`` and may hold ``{instruction}``. ``options`` are a family's own load-time
     options. ``unsupported`` says why this model cannot be served though it is known.
     """
@@ -162,6 +163,7 @@ class ModelSpec(_Part, frozen=True, kw_only=True, dict=True):
     outputs: tuple[Output, ...] = ("dense",)
     inputs: tuple[Input, ...] = ("text",)
     dims: dict[str, Positive] = {}
+    matryoshka: tuple[Positive, ...] = ()
     max_length: Positive | None = None
     precision: Precision = "auto"
     pooling: Pooling | None = None

@@ -8,8 +8,23 @@ import msgspec
 
 from tasks.names import Operation
 
-FORWARD_FREE: Final = frozenset({"is_query", "instruction", "normalize", "output_dtype", "profile", "lora", "lora_id"})
+_EXTRACTORS_OWN: Final = frozenset(
+    {"threshold", "relation_threshold", "flat_ner", "multi_label", "aggregation_strategy"}
+    | {"hypothesis_template", "overflow_policy", "stride"}
+)
+FORWARD_FREE: Final = _EXTRACTORS_OWN | frozenset(
+    {"is_query", "keep_alive", "instruction", "normalize", "output_dtype", "profile", "lora", "lora_id"}
+)
 """Options that change no forward pass: requests that differ in them may share one."""
+
+
+def shared_key(key: str) -> str:
+    """The key of what may share a micro-batch, whatever adapter it has: hosts keep different adapters apart.
+
+    Requests without an adapter stay by themselves.
+    """
+    parts = key.rsplit("|", 2)
+    return key if len(parts) < 3 or not parts[1] else f"{parts[0]}|*|{parts[2]}"
 
 
 def batch_key(model: str, spec: str, operation: Operation, adapter: str | None, options: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from tasks import following, submitting, web_processes
 from tasks.connections import Connections
 from tasks.live_workers import WorkerView, live_workers
 from tasks.messages import Outcome
-from tasks.records import TaskView
+from tasks.records import DEFAULT_TENANT, TaskView
 from tasks.submitting import Call
 from tasks.web_processes import WebView
 
@@ -58,22 +58,22 @@ class FarmClient:
         """
         return submitting.run(self._ready(), call)
 
-    def task(self, task_id: str, *, wait_s: float = 0.0) -> TaskView:
+    def task(self, task_id: str, *, tenant: str = DEFAULT_TENANT, wait_s: float = 0.0) -> TaskView:
         """What has become of an asynchronous task; waits up to ``wait_s`` for it to end.
 
         Raises:
-            TaskNotFoundError: never submitted, or its result has expired.
+            TaskNotFoundError: never submitted by this tenant, or its result has expired.
             QueueUnavailableError: Redis does not answer, or ``close`` was called meanwhile.
         """
-        return following.follow(self._ready(), task_id, wait_s=wait_s)
+        return following.follow(self._ready(), task_id, tenant=tenant, wait_s=wait_s)
 
-    def cancel(self, task_id: str) -> TaskView:
+    def cancel(self, task_id: str, *, tenant: str = DEFAULT_TENANT) -> TaskView:
         """Cancel an asynchronous task; one that has ended stays as it is.
 
         Raises:
             TaskNotFoundError: never submitted, or its result has expired.
         """
-        return following.cancel(self._ready(), task_id)
+        return following.cancel(self._ready(), task_id, tenant=tenant)
 
     def workers(self) -> list[WorkerView]:
         """The workers whose heartbeat is there; QueueUnavailableError if Redis does not answer."""

@@ -13,6 +13,7 @@ import msgspec
 import orjson
 
 from common.errors import FarmError, MessageError, error_from_dict
+from tasks import scores
 from tasks.names import TASK_NAMES, Operation
 
 HEADER: Final = "farm"
@@ -38,7 +39,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
 
     ``key`` is the batching key: requests that share it may share a forward pass. ``deadline`` and ``published`` are
     instants on the farm clock, in seconds. ``tokens`` is an estimate. ``spec`` is the digest of the model's spec.
-    ``admitted`` says that the task stands in ``farm:open`` and is settled through it.
+    ``admitted`` says that the task stands in ``farm:open`` and is settled through it. ``query_id`` is echoed.
+    ``images`` counts items that are one.
     """
 
     model: str
@@ -56,6 +58,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str | None = None
     body_key: str | None = None
     trace: str | None = None
+    query_id: str | None = None
+    images: int = 0
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -75,7 +79,7 @@ class Outcome(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The one answer of a request: ``result`` (a list in msgpack, arrays as in ``tasks.codec``) or ``error``.
 
     Times are milliseconds: ``queue_ms tokenization_ms inference_ms postprocessing_ms``; usage counts measured units.
-    ``ref`` names the key under which an outcome over 4 MiB stands instead.
+    ``ref`` names the key under which an outcome over 4 MiB stands instead. ``query_id``: of a scored query.
     """
 
     task_id: str
@@ -86,6 +90,7 @@ class Outcome(msgspec.Struct, kw_only=True, omit_defaults=True):
     timing: dict[str, float] = msgspec.field(default_factory=dict)
     usage: dict[str, int] = msgspec.field(default_factory=dict)
     ref: str | None = None
+    query_id: str | None = None
 
     @property
     def state(self) -> str:
@@ -198,7 +203,7 @@ def encode_celery_meta(outcome: Outcome, operation: Operation, *, done_at: str) 
     meta: dict[str, Any] = {"task_id": outcome.task_id, "traceback": None, "children": [], "date_done": done_at}
     if outcome.error is None:
         result = {
-            "model": outcome.model,
+            **head_fields(outcome, operation),
             RESULT_FIELD[operation]: outcome.result,
             "timing": outcome.timing,
             "usage": outcome.usage,
@@ -218,6 +223,13 @@ def encode_celery_meta(outcome: Outcome, operation: Operation, *, done_at: str) 
     )
 
 
+def head_fields(outcome: Outcome, operation: Operation) -> dict[str, Any]:
+    """What stands before the results in the answer to each operation."""
+    if operation is Operation.SCORE:
+        return {"model": outcome.model, "query_id": outcome.query_id}
+    return {"model": outcome.model}
+
+
 class _Farm(msgspec.Struct):
     spec: str = ""
     model: str = ""
@@ -227,6 +239,7 @@ class _Farm(msgspec.Struct):
 
 class _CeleryResult(msgspec.Struct):
     model: str = ""
+    query_id: str | None = None
     items: msgspec.Raw = _NOTHING
     scores: msgspec.Raw = _NOTHING
     timing: dict[str, float] = msgspec.field(default_factory=dict)
@@ -260,6 +273,7 @@ def decode_celery_meta(raw: bytes) -> Outcome:
             result=done.items or done.scores,
             timing=done.timing,
             usage=done.usage,
+            query_id=done.query_id,
         )
     fallback = FarmError(f"the task ended as {meta.status}").as_dict()
     return Outcome(
@@ -276,10 +290,12 @@ def failed(task_id: str, error: FarmError, *, model: str = "", spec: str = "") -
     return Outcome(task_id=task_id, model=model, spec=spec, error=error.as_dict())
 
 
-def join_results(parts: Sequence[bytes]) -> msgspec.Raw:
-    """Concatenate the msgpack lists of one request's slices into one list, in order."""
+def join_results(parts: Sequence[bytes], operation: Operation) -> msgspec.Raw:
+    """One msgpack list of the lists of one request's slices: in order, or for scores by rank."""
     if len(parts) == 1:
         return msgspec.Raw(parts[0])
+    if operation is Operation.SCORE:
+        return msgspec.Raw(scores.merged(parts))
     items: list[msgspec.Raw] = []
     for part in parts:
         items.extend(_raw_list_decoder.decode(part))

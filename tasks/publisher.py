@@ -52,6 +52,7 @@ class Entry:
     record_s: int | None = None
     model: str = ""
     operation: str = ""
+    tenant: str = ""
     queued_at: float = field(default_factory=monotonic)
     is_published: bool = False
 
@@ -177,6 +178,7 @@ class Publisher:
                 entry.model,
                 entry.operation,
                 entry.deadline,
+                entry.tenant,
             )
         queues = [entry.queue for entry in entries]
         keys = len(entries) + 1

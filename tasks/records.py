@@ -6,11 +6,15 @@ change its state.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
 from common.errors import MessageError
 from tasks import messages
 from tasks.messages import Outcome
 from tasks.names import Operation
+
+DEFAULT_TENANT: Final = "default"
+"""Whose tasks are that say nothing of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +27,7 @@ class TaskView:
     operation: Operation
     submitted: float
     deadline: float
+    tenant: str = DEFAULT_TENANT
     outcome: Outcome | None = None
 
     def ended(self, outcome: Outcome) -> "TaskView":
@@ -44,6 +49,7 @@ def view_of(task_id: str, record: Mapping[bytes, bytes], meta: bytes | None) -> 
             operation=Operation(record[b"operation"].decode()),
             submitted=float(record[b"submitted"]),
             deadline=float(record[b"deadline"]),
+            tenant=record.get(b"tenant", DEFAULT_TENANT.encode()).decode(),
         )
     except (KeyError, ValueError) as error:
         raise MessageError(f"the record of task {task_id!r} is damaged: {error}") from error

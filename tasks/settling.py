@@ -38,6 +38,11 @@ def end_task(connections: Connections, view: TaskView, error: FarmError) -> Task
     return view.ended(outcome) if _settle(connections, view.task_id, outcome.state, result) else None
 
 
+def lost_outcome(view: TaskView) -> Outcome:
+    """What is told of a task that was closed and whose outcome is nowhere."""
+    return messages.failed(view.task_id, overdue_error(), model=view.model)
+
+
 def end_overdue_request(connections: Connections, task_id: str) -> bool:
     """Take a synchronous request's right to answer back from a worker; false if it has been used."""
     return _settle(connections, task_id, "failed", b"")

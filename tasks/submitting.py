@@ -43,6 +43,7 @@ class Call:
     adapter: str | None = None
     trace: str | None = None
     query_id: str | None = None
+    images: int = 0
 
 
 def submit(connections: Connections, call: Call, *, asynchronous: bool) -> str:
@@ -105,6 +106,7 @@ def _entry(connections: Connections, task_id: str, call: Call, waiter: Waiter, *
         record_s=int(call.timeout_s) + OPEN_GRACE_S + connections.result_ttl_s if asynchronous else None,
         model=call.model,
         operation=call.operation.value,
+        tenant=call.tenant,
     )
 
 
@@ -124,6 +126,8 @@ def _ticket(call: Call, *, now: float, asynchronous: bool, body_key: str | None)
         adapter=call.adapter,
         body_key=body_key,
         trace=call.trace,
+        query_id=call.query_id,
+        images=call.images,
     )
 
 

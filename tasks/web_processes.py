@@ -55,13 +55,10 @@ def live_web_processes(connections: Connections) -> list[WebView]:
     """The web processes that have told of themselves lately; QueueUnavailableError if Redis does not answer."""
     told: dict[bytes, bytes] = connections.ask("HGETALL", names.WEB_PROCESSES)
     oldest = connections.clock.now() - LIFE_S
-    live, gone = [], []
-    for process, text in told.items():
-        found = _read(text)
-        if found is None or found.told_at < oldest:
-            gone.append(process)
-        else:
-            live.append(found)
+    read = {process: _read(text) for process, text in told.items()}
+    live = [found for found in read.values() if found is not None and found.told_at >= oldest]
+    # long gone, so that none which has told again since is taken for it; what a newer release tells is its own affair
+    gone = [process for process, found in read.items() if found is not None and found.told_at < oldest - 10 * LIFE_S]
     if gone:
         connections.ask("HDEL", names.WEB_PROCESSES, *gone)
     return [

@@ -31,6 +31,7 @@ class Recorder:
     order: list[int] = field(default_factory=list)
     lost: list[tuple[int, list[int], list[int], str]] = field(default_factory=list)
     models: list[tuple[int, str, str, dict[str, Any]]] = field(default_factory=list)
+    fetched: list[tuple[str, dict[str, Any] | None]] = field(default_factory=list)
 
     def on_host_ready(self, host: int) -> None:
         self.ready.append(host)
@@ -46,6 +47,9 @@ class Recorder:
 
     def on_model(self, host: int, spec_digest: str, event: str, detail: dict[str, Any]) -> None:
         self.models.append((host, spec_digest, event, detail))
+
+    def on_fetched(self, adapter: str, error: dict[str, Any] | None) -> None:
+        self.fetched.append((adapter, error))
 
 
 @dataclass
@@ -113,11 +117,11 @@ def starting_pools(directory: Path) -> Iterator[Callable[..., LivePool]]:
     """Starts pools; afterwards no process of theirs is left."""
     lives: list[LivePool] = []
 
-    def started(**config: Any) -> LivePool:
+    def started(*, preloads: Callable[[], Sequence[ModelSpec]] = tuple, **config: Any) -> LivePool:
         events, hub = Recorder(), Hub()
         hub.call_repeatedly(0.02, lambda: None)  # so that ``until`` looks again even if nothing is said
         settings = {"model_dirs": (str(directory),), "extra_families": {"fake": PLACE}, "device_memory": 10_000_000}
-        pool = HostPool(HostConfig(**{**settings, **config}), events)
+        pool = HostPool(HostConfig(**{**settings, **config}), events, preloads)
         lives.append(LivePool(pool, events, hub, directory))
         pool.start()
         pool.register(hub)

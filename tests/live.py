@@ -118,9 +118,16 @@ class LiveFarm:
 
     def add_models(self, *specs: ModelSpec) -> None:
         """Publish models as a new epoch."""
+        self._publish_models(specs, prune=False)
+
+    def replace_models(self, *specs: ModelSpec) -> None:
+        """Publish a new epoch with these models only."""
+        self._publish_models(specs, prune=True)
+
+    def _publish_models(self, specs: Sequence[ModelSpec], *, prune: bool) -> None:
         engine = open_engine(self.database_url)
         with Session(engine) as session, session.begin():
-            self.epoch = apply_models(session, list(specs), actor="test", reason="test")
+            self.epoch = apply_models(session, list(specs), actor="test", reason="test", prune=prune)
         engine.dispose()
         self.specs |= {spec.id: spec for spec in specs}
 
@@ -211,7 +218,18 @@ class LiveFarm:
         arguments: list[Any] = [1_000_000, names.bell("")]
         for task_id, ticket, raw, _ in made:
             record = names.task_record(task_id) if ticket.asynchronous else ""
-            arguments += [task_id, ticket.deadline + 60, raw, "", record, 3600, ticket.model, "encode", ticket.deadline]
+            arguments += [
+                task_id,
+                ticket.deadline + 60,
+                raw,
+                "",
+                record,
+                3600,
+                ticket.model,
+                "encode",
+                ticket.deadline,
+                ticket.tenant,
+            ]
         queues = [queue for *_, queue in made]
         answers: Any = self.redis.eval(scripts.source("publish"), len(queues) + 1, names.OPEN, *queues, *arguments)
         assert set(answers) == {b"ok"}

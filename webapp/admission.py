@@ -1,19 +1,27 @@
 """Whether its model can serve a request: sizes, inputs, outputs and options, before anything is published."""
 
-from collections.abc import Collection
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from common.errors import ModelUnsupportedError, RequestError
-from config_db.families import why_unsupported
+from common.errors import ModelNotFoundError, ModelUnsupportedError, RequestError
+from common.settings import WebSettings
 from config_db.spec import DEFAULT_PROFILE, ModelSpec
+from tasks.keep_alive import check_keep_alive
 from tasks.messages import Request
+from webapp.image_admission import (
+    MAX_IMAGES,
+    ImageItem,
+    estimate_image_tokens,
+    image_item,
+    wrong_with_images,
+)
 from webapp.wire.bodies import EncodeBody, EncodeParams, Item, check_free_form
 
 OUTPUT_TYPES: Final = ("dense", "sparse", "multivector")
 OUTPUT_DTYPES: Final = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
-_MEDIA: Final = ("images", "audio", "video", "document")
+_MEDIA: Final = ("audio", "video", "document")
 _ABSENT: Final = (b"", b"null", b"\xc0")
 _NO_PARAMS: Final = EncodeParams()
 
@@ -25,20 +33,28 @@ class TextItem(msgspec.Struct, omit_defaults=True):
     id: str | None = None
 
 
-def check_supported(spec: ModelSpec, own_families: Collection[str]) -> None:
-    """ModelUnsupportedError if neither this release nor a family of the operator's own can serve the model."""
-    reason = spec.unsupported if spec.family in own_families else why_unsupported(spec)
-    if reason is not None:
-        raise ModelUnsupportedError(f"model {spec.id!r} cannot be served: {reason}", param="model")
+class Admitted(NamedTuple):
+    """A request that its model can serve; ``tokens`` is an estimate, ``images`` counts its items that are one."""
+
+    spec: ModelSpec
+    request: Request
+    tokens: int
+    images: int = 0
 
 
-def choose_profile(spec: ModelSpec, params: EncodeParams | None) -> ModelSpec:
-    """The spec of the profile that ``options.profile`` names, else the model's own.
+def check_supported(spec: ModelSpec) -> None:
+    """ModelUnsupportedError if the model says that it cannot be served; of its family the worker has the last word."""
+    if spec.unsupported is not None:
+        raise ModelUnsupportedError(f"model {spec.id!r} cannot be served: {spec.unsupported}", param="model")
+
+
+def choose_profile(spec: ModelSpec, options: Mapping[str, Any] | None, *, param: str) -> ModelSpec:
+    """The spec of the profile that the options name, else the model's own; ``param``: where the options stand.
 
     Raises:
         RequestError: the model has no such profile.
     """
-    wanted = params.options.get("profile") if params is not None and params.options else None
+    wanted = options.get("profile") if options else None
     if wanted in (None, DEFAULT_PROFILE):
         return spec
     base, _, chosen = spec.id.partition(":")
@@ -47,10 +63,20 @@ def choose_profile(spec: ModelSpec, params: EncodeParams | None) -> ModelSpec:
     found = next((one for one in spec.profile_specs if one.id == f"{base}:{wanted}"), None)
     if found is None:
         has = f"; it has {', '.join(spec.profiles)}" if spec.profiles else ""
-        raise RequestError(
-            f"model {spec.id!r} has no profile {str(wanted)[:100]!r}{has}", param="params.options.profile"
-        )
+        message = f"model {spec.id!r} has no profile {str(wanted)[:100]!r}{has}"
+        raise RequestError(message, param=f"{param}.profile")
     return found
+
+
+def may_use(spec: ModelSpec, tenant: str) -> bool:
+    """Whether a model is there for a tenant."""
+    return not spec.access.tenants or tenant in spec.access.tenants
+
+
+def check_access(spec: ModelSpec, tenant: str) -> None:
+    """ModelNotFoundError for a model of others: who may not use it need not know that it is there."""
+    if not may_use(spec, tenant):
+        raise ModelNotFoundError(f"no model {spec.id!r} is served here", param="model", details={"nearest": []})
 
 
 def check_operation(spec: ModelSpec, operation: str) -> None:
@@ -61,6 +87,16 @@ def check_operation(spec: ModelSpec, operation: str) -> None:
         )
 
 
+def admit_encode(spec: ModelSpec, body: EncodeBody, settings: WebSettings) -> Admitted:
+    """The request with the spec of the profile that it names."""
+    spec = choose_profile(spec, body.params.options if body.params is not None else None, param="params.options")
+    request = encode_request(spec, body, max_items=settings.max_items, max_item_text_bytes=settings.max_item_text_bytes)
+    images = [item for item in request.items if isinstance(item, ImageItem)] if "image" in spec.inputs else []
+    texts = [item for item in request.items if isinstance(item, TextItem)] if images else request.items
+    tokens = estimate_tokens(texts) + sum(map(estimate_image_tokens, images))
+    return Admitted(spec, request, tokens, len(images))
+
+
 def encode_request(spec: ModelSpec, body: EncodeBody, *, max_items: int, max_item_text_bytes: int) -> Request:
     """The request as it goes to the model's host.
 
@@ -69,9 +105,10 @@ def encode_request(spec: ModelSpec, body: EncodeBody, *, max_items: int, max_ite
     """
     check_operation(spec, "encode")
     params = body.params or _NO_PARAMS
-    options = _options(params)
+    options = read_options(params.options, param="params.options")
+    check_dimensions(spec, options, param="params.options.dimensions")
     return Request(
-        items=_items(spec, body.items, min(max_items, spec.limits.max_items or max_items), max_item_text_bytes),
+        items=_encode_items(spec, body.items, max_items=max_items, max_text_bytes=max_item_text_bytes),
         output_types=_output_types(spec, params),
         output_dtype=_output_dtype(params, options),
         instruction=params.instruction,
@@ -79,40 +116,78 @@ def encode_request(spec: ModelSpec, body: EncodeBody, *, max_items: int, max_ite
     )
 
 
-def estimate_tokens(request: Request) -> int:
-    """A guess at the tokens of a text request, good enough to fill batches by."""
-    return sum(len(item.text) for item in request.items) // 4 + 2 * len(request.items)
+def check_dimensions(spec: ModelSpec, options: Mapping[str, Any], *, param: str) -> None:
+    """RequestError unless dense vectors of the width that is asked for, if any is, mean something."""
+    asked = options.get("dimensions")
+    if asked is None:
+        return
+    widths = sorted({*spec.matryoshka, *(width for name, width in spec.dims.items() if name == "dense")})
+    if isinstance(asked, bool) or asked not in widths:
+        has = f"it gives {', '.join(map(str, widths))}" if widths else "its width is not known here"
+        raise RequestError(f"the vectors of {spec.id!r} cannot be cut to {str(asked)[:20]} numbers: {has}", param=param)
 
 
-def _items(spec: ModelSpec, items: list[Item], max_items: int, max_text_bytes: int) -> list[TextItem]:
+def estimate_tokens(texts: Sequence[TextItem]) -> int:
+    """A guess at the tokens of texts, good enough to fill batches by."""
+    return sum(len(item.text) for item in texts) // 4 + 2 * len(texts)
+
+
+def read_items(spec: ModelSpec, items: list[Item], *, max_items: int, max_text_bytes: int) -> list[TextItem]:
+    """The items of a request that are texts, in order.
+
+    Raises:
+        RequestError: there are none, or too many, or some are wrong: all of these are listed.
+    """
+    _check_items(spec, items, max_items, lambda item: wrong_with(spec, item, max_text_bytes))
+    return [TextItem(item.text, item.id) for item in items]  # type: ignore[arg-type]  # wrong_with has seen the text
+
+
+def _encode_items(spec: ModelSpec, items: list[Item], *, max_items: int, max_text_bytes: int) -> list[Any]:
+    """As ``read_items``; of a model that takes images, each item is a text or an image."""
+    if "image" not in spec.inputs:
+        return read_items(spec, items, max_items=max_items, max_text_bytes=max_text_bytes)
+
+    def wrong(item: Item) -> tuple[str, str] | None:
+        return wrong_with_images(item) if item.images else wrong_with(spec, item, max_text_bytes)
+
+    _check_items(spec, items, max_items, wrong)
+    images = sum(bool(item.images) for item in items)
+    if images > MAX_IMAGES:
+        raise RequestError(f"{images} images are more than the {MAX_IMAGES} that one request may hold", param="items")
+    return [image_item(item) if item.images else TextItem(item.text or "", item.id) for item in items]
+
+
+def _check_items(
+    spec: ModelSpec, items: list[Item], max_items: int, wrong_with_one: Callable[[Item], tuple[str, str] | None]
+) -> None:
+    most = min(max_items, spec.limits.max_items or max_items)
     if not items:
-        raise RequestError("there are no items to encode", param="items")
-    if len(items) > max_items:
-        raise RequestError(f"{len(items)} items are more than the {max_items} that one request may hold", param="items")
-    wrong = {
-        at: error for at, item in enumerate(items) if (error := _wrong(spec, item, at, max_text_bytes)) is not None
-    }
+        raise RequestError("there are no items: a request has at least one", param="items")
+    if len(items) > most:
+        raise RequestError(f"{len(items)} items are more than the {most} that one request may hold", param="items")
+    wrong = {at: found for at, item in enumerate(items) if (found := wrong_with_one(item))}
     if wrong:
-        raise _first_of(wrong)
-    return [TextItem(item.text, item.id) for item in items]  # type: ignore[arg-type]  # _wrong has seen that there is text
+        raise _first_of({at: RequestError(what, param=f"items[{at}].{field}") for at, (what, field) in wrong.items()})
 
 
-def _wrong(spec: ModelSpec, item: Item, at: int, max_text_bytes: int) -> RequestError | None:
-    """What is wrong with one item."""
+def wrong_with(spec: ModelSpec, item: Item, max_text_bytes: int) -> tuple[str, str] | None:
+    """What is wrong with one item that is to be a text, and with which field of it."""
     text = item.text
-    if item.images or item.audio or item.video or item.document:
+    if item.images:
+        return f"model {spec.id!r} takes {', '.join(spec.inputs)}, not images", "images"
+    if item.audio or item.video or item.document:
         for kind in _MEDIA:
             if bytes(getattr(item, kind)) not in _ABSENT:
-                takes = ", ".join(spec.inputs)
-                return RequestError(f"model {spec.id!r} takes {takes}, not {kind}", param=f"items[{at}].{kind}")
+                return f"model {spec.id!r} takes {', '.join(spec.inputs)}, not {kind}", kind
     if text is None:
-        return RequestError("an item needs text", param=f"items[{at}].text")
+        return "an item needs text" if "image" not in spec.inputs else "an item needs text or an image", "text"
+    if "text" not in spec.inputs:
+        return f"model {spec.id!r} takes {', '.join(spec.inputs)}, not text", "text"
     # four bytes at most make one character, so most texts need not be encoded to be measured
     if len(text) * 4 + len(item.metadata) > max_text_bytes:
         size = len(text.encode("utf-8", "surrogatepass")) + len(item.metadata)
         if size > max_text_bytes:
-            message = f"text and metadata of {size} bytes are more than the {max_text_bytes} that an item may have"
-            return RequestError(message, param=f"items[{at}].text")
+            return f"text and metadata of {size} bytes are more than the {max_text_bytes} that an item may have", "text"
     return None
 
 
@@ -147,14 +222,12 @@ def _output_dtype(params: EncodeParams, options: dict[str, Any]) -> str:
     return dtype
 
 
-def _options(params: EncodeParams) -> dict[str, Any]:
-    options = params.options
+def read_options(options: dict[str, Any] | None, *, param: str) -> dict[str, Any]:
+    """The options of a request, which stand at ``param`` of its body; RequestError for what no model takes."""
     if not options:
         return {}
-    check_free_form(options, param="params.options")
-    for name in ("lora", "lora_id"):
-        if options.get(name) is not None:
-            raise RequestError(f"there is no adapter {str(options[name])[:100]!r}", param=f"params.options.{name}")
+    check_free_form(options, param=param)
+    check_keep_alive(options, param=param)
     if not isinstance(options.get("is_query", False), bool):
-        raise RequestError("is_query is true or false", param="params.options.is_query")
+        raise RequestError("is_query is true or false", param=f"{param}.is_query")
     return options

@@ -6,10 +6,23 @@ from common.settings import WebSettings
 from tasks.client import FarmClient
 from webapp import config_store, problems
 from webapp import farm as farms
+from webapp.auth import door
 from webapp.config_store import ConfigStore
 from webapp.farm import Farm, Snapshots
 from webapp.fleet import Fleet
-from webapp.views import config_bundles, config_epochs, configs, encode, health, models, tasks
+from webapp.views import (
+    config_bundles,
+    config_epochs,
+    configs,
+    encode,
+    extract,
+    health,
+    models,
+    oip,
+    openai,
+    score,
+    tasks,
+)
 
 
 def create_app(settings: WebSettings, snapshots: Snapshots, client: FarmClient) -> Flask:
@@ -21,6 +34,8 @@ def create_app(settings: WebSettings, snapshots: Snapshots, client: FarmClient) 
     farms.install(app.extensions, Farm(settings, snapshots, client, Fleet(client)))
     config_store.install(app.extensions, ConfigStore(settings.database_url))
     problems.install(app)
-    for view in (encode, tasks, models, configs, config_epochs, config_bundles, health):
+    door.install(app, door.authenticator(settings, lambda: snapshots.current.keys))
+    for view in (encode, score, extract, openai, oip, tasks, models, configs, config_epochs, config_bundles, health):
         app.register_blueprint(view.bp)
+    app.register_blueprint(oip.probes)
     return app

@@ -16,8 +16,7 @@ BUNDLE: Final = "default"
 
 def families(extra: Mapping[str, str]) -> list[str]:
     """The families that this farm runs, by name; ``extra`` are the operator's own."""
-    built_in = {name for name, family in FAMILIES.items() if family.missing is None}
-    return sorted(built_in | extra.keys())
+    return sorted(FAMILIES.keys() | extra.keys())
 
 
 def families_hash(extra: Mapping[str, str]) -> str:

@@ -4,8 +4,11 @@ import threading
 from typing import Final
 
 from common.errors import QueueUnavailableError
+from common.logs import get_logger
 from config_db.reader import SnapshotReader
 from tasks.client import FarmClient
+
+log = get_logger("webapp")
 
 EVERY_S: Final = 3.0
 
@@ -42,3 +45,5 @@ class EpochReports:
             self._client.tell(machine_profile=self._machine_profile, epoch=config.epoch, epoch_id=str(config.epoch_id))
         except QueueUnavailableError:
             return  # nobody could read it; the next try comes soon
+        except Exception:  # Redis refuses, as one that is read-only for a while does
+            log.exception("epoch_not_told")

@@ -10,9 +10,24 @@ from gevent import monkey
 
 monkey.patch_all()  # before anything imports ssl, sockets or locks
 
+from typing import Any  # noqa: E402
+
+from common.errors import SetupError  # noqa: E402
+from common.logs import get_logger  # noqa: E402
 from common.settings import WebSettings, load_settings  # noqa: E402
+from webapp.auth.door import check_settings  # noqa: E402
 
 _settings = load_settings(WebSettings)
+
+
+def on_starting(server: Any) -> None:
+    """Ask before anything listens."""
+    try:
+        check_settings(_settings, [place[0] for place in server.cfg.address if isinstance(place, tuple)])
+    except SetupError as error:
+        get_logger("webapp").error("web_cannot_start", reason=error.message)
+        raise SystemExit(1) from None
+
 
 wsgi_app = "webapp.main:build()"
 worker_class = "webapp.gunicorn_worker.FarmWebWorker"

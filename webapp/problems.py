@@ -17,6 +17,7 @@ from common.errors import (
     DeadlineExceededError,
     EpochConflictError,
     FarmError,
+    ForbiddenError,
     IdempotencyError,
     MediaTypeError,
     MethodNotAllowedError,
@@ -24,6 +25,7 @@ from common.errors import (
     ModelUnsupportedError,
     NotFoundError,
     RequestError,
+    UnauthenticatedError,
 )
 from common.logs import get_logger
 from tasks.codec import dump_json
@@ -41,6 +43,8 @@ STATUS: Final[dict[type[FarmError], int]] = {
     CapacityError: 503,
     ModelLoadError: 502,
     DeadlineExceededError: 504,
+    UnauthenticatedError: 401,
+    ForbiddenError: 403,
     CancelledError: 409,
     EpochConflictError: 409,
     ContentConflictError: 409,
@@ -70,6 +74,8 @@ def problem(error: FarmError) -> Response:
     if status in (429, 503, 504):
         # whole seconds, rounded up: zero would be honoured as "again at once"
         response.headers["Retry-After"] = str(max(1, ceil(error.retry_after_s or DEFAULT_RETRY_AFTER_S)))
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLargeError):
         response.headers["Connection"] = "close"  # the rest of the body is not worth reading
     set_common(response)

@@ -6,14 +6,17 @@ from typing import Final
 
 from flask import request
 
-from common.errors import NotFoundError, RequestError
+from common.errors import ForbiddenError, NotFoundError, RequestError
 from config_db.spec import ModelSpec
 from tasks.names import LANES, Lane, queue_name
+from webapp.auth.principals import principal
 from webapp.farm import Farm
 
 POOL_HEADER: Final = "X-SIE-Pool"
 PROFILE_HEADER: Final = "X-SIE-MACHINE-PROFILE"
 LANE_HEADER: Final = "X-Farmhand-Lane"
+PRIORITY_HEADER: Final = "X-Priority"
+"""Another name of the same."""
 TIMEOUT_HEADER: Final = "X-Farmhand-Timeout"
 MAX_TIMEOUT_S: Final = 7 * 24 * 3600.0
 
@@ -75,11 +78,16 @@ def timeout_s(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> float:
 
 
 def _lane(*, asynchronous: bool) -> Lane:
-    asked = request.environ.get("HTTP_X_FARMHAND_LANE")
+    """The lane asked for, which a key cannot raise above its own class; else that of the kind of request."""
+    own = Lane(principal().latency_class)
+    name = PRIORITY_HEADER if "HTTP_X_PRIORITY" in request.environ else LANE_HEADER
+    asked = request.headers.get(name)
     if asked is None:
-        return Lane.STANDARD if asynchronous else Lane.INTERACTIVE
+        return max(own, Lane.STANDARD if asynchronous else Lane.INTERACTIVE, key=LANES.index)
     if asked not in LANES:
-        raise RequestError(f"{LANE_HEADER} is one of {', '.join(LANES)}", param=LANE_HEADER)
+        raise RequestError(f"{name} is one of {', '.join(LANES)}", param=name)
+    if LANES.index(Lane(asked)) < LANES.index(own):
+        raise ForbiddenError(f"the key is of the class {own}, which cannot be raised to {asked}", param=name)
     return Lane(asked)
 
 

@@ -249,8 +249,10 @@ class Arrivals:
             if isinstance(reply, bytes):
                 held.body = reply
                 self._ready(held)
-            else:
+            elif reply is None:
                 self._settler.fail(held, MessageError("the request's body is not in Redis any more"))
+            else:
+                self._settler.fail(held, MessageError(f"the request's body cannot be read: {reply}"))
 
         self._link.call("GET", key, then=fetched, repeat=True)
 

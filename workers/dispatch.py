@@ -22,15 +22,19 @@ from common.faults import fault
 from common.logs import get_logger
 from config_db.spec import ModelSpec
 from tasks import messages, names
+from tasks.batching import shared_key
 from tasks.messages import Outcome
+from tasks.names import Operation
+from workers.adapters import AdapterFetches
 from workers.arrivals import Specs
 from workers.hosts.pool import HostPool
 from workers.hosts.protocol import BatchTiming, HostBatch, PartResult
 from workers.intake import Held, Intake
 from workers.redis_link import RedisLink
+from workers.revisions import Revisions
 from workers.scheduler import Pick, Scheduler, Work
 from workers.settling import Settler
-from workers.slices import cut_body
+from workers.slices import cut_body, error_in_request
 
 log = get_logger("workers")
 
@@ -52,11 +56,15 @@ class DispatchLimits:
 
 @dataclass(slots=True)
 class _Slice:
-    """One part of a held request, run in one micro-batch. ``place`` is its position among the request's parts."""
+    """One part of a held request, run in one micro-batch.
+
+    ``place`` is its position among the request's parts, ``first`` that of its first item among the request's items.
+    """
 
     held: Held
     place: int
     body: bytes
+    first: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +88,8 @@ class Dispatcher:
         settler: answers requests.
         incarnation: the uuid this process lives under now.
         on_residency: called when a host came, went, loaded or evicted.
+        runs_here: whether a model's placement lets it run on this worker.
     """
-
-    hosts: HostPool
 
     def __init__(
         self,
@@ -96,6 +103,7 @@ class Dispatcher:
         settler: Settler,
         incarnation: Callable[[], str],
         on_residency: Callable[[], None],
+        runs_here: Callable[[ModelSpec], bool],
     ) -> None:
         self._intake = intake
         self._scheduler = scheduler
@@ -106,6 +114,9 @@ class Dispatcher:
         self._settler = settler
         self._incarnation = incarnation
         self._on_residency = on_residency
+        self._runs_here = runs_here
+        self._revisions = Revisions()
+        self._fetches = AdapterFetches(settler, self._schedule)
         self._slices: dict[int, _Slice] = {}
         self._running: dict[int, _Running] = {}
         self._batch_s_per_token: dict[str, float] = {}
@@ -114,6 +125,15 @@ class Dispatcher:
         self._hub: Any = None
         self._kick_due = False
         self._draining = False
+
+    @property
+    def hosts(self) -> HostPool:
+        """Where micro-batches run."""
+        return self._hosts
+
+    @hosts.setter
+    def hosts(self, hosts: HostPool) -> None:
+        self._hosts = self._fetches.hosts = hosts
 
     # -- what the worker's steps ask ----------------------------------------------------------------------------
 
@@ -143,22 +163,43 @@ class Dispatcher:
         for running in self._running.values():
             self._scheduler.finished(running.pick)
         self._running.clear()
+        self._fetches.forget_waiting()
 
-    def preload(self) -> None:
-        """Have every host load the models that the config wants loaded before anyone asks."""
-        wanted = [spec for spec in self._specs.current.models.values() if spec.placement.preload]
+    def preloads(self) -> list[ModelSpec]:
+        """The models that the config wants loaded, and run once, before anyone asks."""
+        models = self._specs.current.models.values()
+        return [
+            self._revisions.serving(spec)
+            for spec in models
+            if (spec.placement.preload or spec.placement.pinned) and spec.unsupported is None and self._runs_here(spec)
+        ]
+
+    def on_epoch(self) -> None:
+        """Follow a new epoch: changed placements, models to preload, new specs of models that serve."""
+        snapshot = self._specs.current
+        self._revisions.read(snapshot)
+        self.hosts.place(spec for model in snapshot.models.values() for spec in (model, *model.profile_specs))
         for view in self.hosts.hosts():
-            for spec in wanted:
-                self.hosts.load(view.id, spec)
+            for spec in self.preloads():
+                self.hosts.load(view.id, spec, warm_up=True)
+        self._change_revisions(monotonic())
 
     def tick(self) -> None:
         """What is due by time: expiry, hints to the hosts."""
         now = monotonic()
         self._expire(now)
+        self._fetches.tick(now)
+        self._change_revisions(now)
         self._announce_absent(now)
         self._kick_soon()
 
     def schedule(self, held: Held, spec: ModelSpec) -> None:
+        """Let a request wait for its adapter to be on this machine, if it names one, and then for its turn."""
+        spec = self._revisions.serving(spec)
+        if not self._fetches.keep(held, spec):
+            self._schedule(held, spec)
+
+    def _schedule(self, held: Held, spec: ModelSpec) -> None:
         """Let a request wait for its turn, cut into slices if it is larger than a micro-batch."""
         try:
             max_tokens = spec.limits.max_batch_tokens or self._limits.max_tokens
@@ -166,13 +207,15 @@ class Dispatcher:
         except MessageError as error:
             self._settler.fail(held, error)
             return
+        key, held.served = shared_key(held.ticket.key), spec.digest
         held.slices_left = len(bodies)
         held.results = [None] * len(bodies)
         self._scheduler.set_concurrency(spec.digest, spec.limits.max_concurrency)
+        first = 0
         for place, part in enumerate(bodies):
             work = Work(
                 id=self._next_work,
-                key=held.ticket.key,
+                key=key if spec.digest == held.ticket.spec else f"{key}<-{spec.digest}",
                 spec=spec.digest,
                 lane=held.lane,
                 tenant=held.ticket.tenant,
@@ -183,7 +226,8 @@ class Dispatcher:
                 alone=held.lost > 0,
             )
             self._next_work += 1
-            self._slices[work.id] = _Slice(held, place, part.body)
+            self._slices[work.id] = _Slice(held, place, part.body, first)
+            first += part.items
             held.works.append(work.id)
             self._scheduler.add(work)
         self._kick_soon()
@@ -193,7 +237,6 @@ class Dispatcher:
     def on_host_ready(self, host: int) -> None:
         """A host can be given work."""
         log.info("host_ready", host=host)
-        self.preload()
         self._on_residency()
         self._kick_soon()
 
@@ -221,6 +264,7 @@ class Dispatcher:
     def on_host_lost(self, host: int, suspects: list[int], innocent: list[int], reason: str) -> None:
         """Run what it held again: innocent batches as they were, suspects in halves until the culprit stands alone."""
         log.warning("host_lost", host=host, reason=reason, suspects=len(suspects), innocent=len(innocent))
+        self._fetches.on_host_lost(host)
         self._on_residency()
         for batch in [*innocent, *suspects]:
             running = self._running.pop(batch, None)
@@ -237,10 +281,21 @@ class Dispatcher:
     def on_model(self, host: int, spec_digest: str, event: str, detail: dict[str, Any]) -> None:
         """Residency changed on a host."""
         log.info("residency_changed", host=host, spec=spec_digest, change=event, **detail)
+        if event.startswith("adapter_"):
+            return
         if event == "loaded":
             self._scheduler.note_load(monotonic(), spec_digest, float(detail.get("load_s", 0.0)))
+            spec = self._specs.current.by_digest(spec_digest)
+            if spec is not None:
+                self._revisions.on_loaded(spec)
+        elif event == "skipped":
+            self._revisions.on_no_room(spec_digest)
         self._on_residency()
         self._kick_soon()
+
+    def on_fetched(self, adapter: str, error: dict[str, Any] | None) -> None:
+        """An adapter's files are on this machine, or will not be."""
+        self._fetches.on_fetched(adapter, error)
 
     # -- scheduling ---------------------------------------------------------------------------------------------
 
@@ -275,7 +330,7 @@ class Dispatcher:
 
     def _send(self, host: int, pick: Pick, now: float) -> None:
         slices = tuple(self._slices[work.id] for work in pick.works)
-        spec = self._specs.spec(pick.spec)
+        spec = self._specs.spec(pick.spec) or self._revisions.spec(pick.spec)
         if spec is None:  # more changes of the config than are remembered have passed while it waited
             self._scheduler.finished(pick)
             for held in {part.held for part in slices}:
@@ -285,14 +340,14 @@ class Dispatcher:
         self._running[batch] = _Running(pick, slices)
         self._mark_started([part.held for part in slices], now)
         fault("worker.started")
-        first = slices[0].held.ticket
+        first, adapters = slices[0].held.ticket, tuple(part.held.ticket.adapter for part in slices)
         self.hosts.send(
             host,
             HostBatch(
                 id=batch,
                 spec=spec,
                 operation=first.operation,
-                adapter=first.adapter,
+                adapters=adapters if any(adapters) else None,
                 parts=tuple(part.body for part in slices),
                 hang_s=self._hang_s(pick),
             ),
@@ -330,6 +385,18 @@ class Dispatcher:
             self._batch_s_per_token.clear()
         self._batch_s_per_token[key] = max(measured, 0.9 * self._batch_s_per_token.get(key, 0.0))
 
+    def _change_revisions(self, now: float) -> None:
+        """Have new specs loaded beside those that serve; let go of what serves no more once nothing waits for it."""
+        views = self.hosts.hosts()
+        if not views:
+            return
+        for spec in self._revisions.due(now, {digest for view in views for digest in view.resident}):
+            self.hosts.load(min(views, key=lambda view: view.outstanding).id, spec, warm_up=True)
+        for digest, reason in list(self._revisions.leaving().items()):
+            if not self._scheduler.has_waiting(digest):
+                self.hosts.evict(digest, reason)
+                self._revisions.gone(digest)
+
     def _announce_absent(self, now: float) -> None:
         """Tell hosts which model is likely next, so that they load it beside what runs."""
         for view in self.hosts.hosts():
@@ -350,7 +417,8 @@ class Dispatcher:
             held.timing[name] = max(held.timing.get(name, 0.0), getattr(timing, name))
         held.tokens_used += result.tokens
         if result.error is not None:
-            failed = Outcome(task_id=held.id, model=held.ticket.model, spec=held.ticket.spec, error=result.error)
+            error = error_in_request(result.error, first=part.first)
+            failed = Outcome(task_id=held.id, model=held.ticket.model, spec=held.served, error=error)
             self._settler.settle(held, failed)
             return
         held.results[part.place] = result.result
@@ -363,10 +431,11 @@ class Dispatcher:
         outcome = Outcome(
             task_id=held.id,
             model=held.ticket.model,
-            spec=held.ticket.spec,
-            result=messages.join_results(parts),
+            spec=held.served,
+            result=messages.join_results(parts, held.ticket.operation),
             timing={name: round(value, 3) for name, value in held.timing.items()},
-            usage={"input_tokens": held.tokens_used},
+            usage=_usage(held),
+            query_id=held.ticket.query_id,
         )
         self._settler.settle(held, outcome)
 
@@ -392,3 +461,10 @@ class Dispatcher:
             else:
                 error = HostLostError(f"the model process died while running this request alone ({reason})")
                 self._settler.fail(held, error)
+
+
+def _usage(held: Held) -> dict[str, int]:
+    """The measured units of a request that succeeded."""
+    images = {"images": held.ticket.images} if held.ticket.images else {}
+    pairs = {"pairs": held.ticket.items} if held.ticket.operation is Operation.SCORE else {}
+    return {"input_tokens": held.tokens_used, **images, **pairs}

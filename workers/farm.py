@@ -18,6 +18,7 @@ from common.errors import MessageError
 from common.logs import get_logger
 from common.settings import WorkerSettings
 from config_db.reader import SnapshotReader
+from config_db.spec import ModelSpec
 from tasks import names
 from tasks.transport import Drain, FarmChannel, Popped
 from workers import checks
@@ -97,8 +98,9 @@ class Farm:
             settler=self.settler,
             incarnation=lambda: self.heartbeat.incarnation,
             on_residency=self.heartbeat.tell,
+            runs_here=lambda spec: _may_run_on(settings.machine_profile, spec),
         )
-        self.hosts = self.dispatcher.hosts = HostPool(hosts, self.dispatcher)
+        self.hosts = self.dispatcher.hosts = HostPool(hosts, self.dispatcher, self.dispatcher.preloads)
         self.arrivals = Arrivals(
             intake=self.intake,
             link=self.link,
@@ -247,7 +249,7 @@ class Farm:
         hub = self._hub
         if hub is not None:
             hub.call_soon(self.heartbeat.tell)
-            hub.call_soon(self.dispatcher.preload)
+            hub.call_soon(self.dispatcher.on_epoch)
 
     def _on_reborn(self, former: str) -> None:
         """The former incarnation is judged dead: what it held goes back, and pops go under the new name.
@@ -295,6 +297,10 @@ class Farm:
         elif self.is_batch_popping and tags:
             log.info("held_returned", messages=len(tags))
             give_back(self.link, self.heartbeat.incarnation, [tag for tag in tags if isinstance(tag, int)])
+
+
+def _may_run_on(machine_profile: str, spec: ModelSpec) -> bool:
+    return not spec.placement.machine_profiles or machine_profile in spec.placement.machine_profiles
 
 
 class _Sink:

@@ -3,10 +3,12 @@
 import msgspec
 
 from common.errors import MessageError
+from config_db.adapters import name_adapter
 from config_db.snapshot import Snapshot
-from tasks import messages
+from tasks import messages, scores
 from tasks.batching import batch_key
 from tasks.messages import Ticket
+from tasks.names import Operation
 from workers.request import FarmRequest
 
 
@@ -23,16 +25,27 @@ def adopt(request: FarmRequest, snapshot: Snapshot, expires: float, now: float) 
         raise MessageError("a request has at least one item", param="items")
     if request.operation not in spec.operations:
         raise MessageError(f"{model} does not do {request.operation}", param="model")
+    if request.operation in (Operation.SCORE, Operation.EXTRACT):
+        wanted.items = scores.named(wanted.items)
+    adapter, wanted.options = name_adapter(spec, snapshot.settings, wanted.options, param="options")
     body = messages.encode_body(spec.id, wanted)
     ticket = msgspec.structs.replace(
         stub_ticket(request, expires, now),
         model=spec.id,
         spec=spec.digest,
-        key=batch_key(spec.id, spec.digest, request.operation, None, wanted.options),
+        key=batch_key(spec.id, spec.digest, request.operation, adapter, wanted.options),
+        adapter=adapter,
         items=len(wanted.items),
         tokens=max(1, len(body) // 4),
+        query_id=_query_id(wanted),
+        images=sum(isinstance(item, dict) and bool(item.get("images")) for item in wanted.items),
     )
     return ticket, body
+
+
+def _query_id(wanted: messages.Request) -> str | None:
+    own = wanted.query.get("id") if isinstance(wanted.query, dict) else None
+    return own if isinstance(own, str) else None
 
 
 def stub_ticket(request: FarmRequest, expires: float, now: float) -> Ticket:

@@ -43,7 +43,7 @@ class Held:
 
     ``arrived``, ``deadline`` and ``parked_until`` are monotonic; the last is set while it waits for its ETA.
     ``slices_left`` counts the parts of it that have no result yet. ``crashes`` counts hosts that died while running it
-    alone.
+    alone. ``served`` is the digest of the spec it runs on.
     """
 
     tag: Tag
@@ -60,6 +60,7 @@ class Held:
     works: list[int] = field(default_factory=list)
     results: list[bytes | None] = field(default_factory=list)
     slices_left: int = 0
+    served: str = ""
     crashes: int = 0
     started_at: float | None = None
     is_settling: bool = False

@@ -30,6 +30,8 @@ CONNECT_TIMEOUT_S: Final = 1.0
 SILENT_S: Final = 5.0
 """A call unanswered for longer means a half-open connection."""
 _READ_BYTES: Final = 1 << 18
+_NOT_YET: Final = ("LOADING ", "BUSY ", "MASTERDOWN ")
+"""Redis will answer, but not now: as good as no connection."""
 
 
 @dataclass(slots=True)
@@ -245,6 +247,10 @@ class RedisLink:
         self._reader.feed(data)
         while (reply := self._reader.gets()) is not False:
             call = self._pending.popleft()
+            if isinstance(reply, hiredis.ReplyError) and call.repeat and str(reply).startswith(_NOT_YET):
+                self._pending.appendleft(call)
+                self._lose(str(reply))
+                return
             if isinstance(reply, hiredis.ReplyError) and call.repeat and str(reply).startswith("NOSCRIPT"):
                 self._load_and_repeat(call)
             elif call.then is not None:

@@ -212,6 +212,10 @@ class Scheduler:
         counts = Counter(work.lane for work, _ in self._works.values())
         return {lane: counts[lane] for lane in LANES}
 
+    def has_waiting(self, spec: str) -> bool:
+        """Whether any work waits for this spec; looks through all, for those who ask now and then."""
+        return any(work.spec == spec for work, _ in self._works.values())
+
     # -- what waits ---------------------------------------------------------------------------------------------
 
     def add(self, work: Work) -> None:

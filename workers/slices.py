@@ -1,13 +1,19 @@
 """Cuts a request that is larger than a micro-batch into slices that are not. Pure: bytes in, bytes out."""
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from common.errors import MessageError
-from tasks import messages, names
+from tasks import messages
 from tasks.messages import Ticket
+from tasks.names import Operation
+
+CUT: Final = frozenset({Operation.ENCODE, Operation.SCORE, Operation.EXTRACT})
+"""Operations whose requests may be cut: their items are answered one by one."""
+_ITEM: Final = re.compile(r"^items\[(\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ def cut_body(ticket: Ticket, body: bytes, *, max_items: int, max_tokens: int) ->
         MessageError: the body is not an inference request.
     """
     fits = ticket.items <= max_items and ticket.tokens <= max_tokens
-    if ticket.items <= 1 or fits or ticket.operation != names.Operation.ENCODE:
+    if ticket.items <= 1 or fits or ticket.operation not in CUT:
         return [Cut(body, ticket.items, ticket.tokens)]
     try:
         (model, request), _, _ = _raw_decoder.decode(body)
@@ -52,6 +58,18 @@ def cut_body(ticket: Ticket, body: bytes, *, max_items: int, max_tokens: int) ->
         tokens += cost
     cuts.append(_cut(model, request, current, tokens))
     return cuts
+
+
+def error_in_request(error: dict[str, Any], *, first: int) -> dict[str, Any]:
+    """The error of a slice as that of its request, whose item ``first`` the slice begins with: items named anew."""
+    if not first:
+        return error
+    found = {**error}
+    if isinstance(param := error.get("param"), str):
+        found["param"] = _ITEM.sub(lambda match: f"items[{int(match[1]) + first}]", param)
+    if isinstance(items := error.get("items"), list):
+        found["items"] = [{**error_in_request(one, first=first), "index": one["index"] + first} for one in items]
+    return found
 
 
 def _cut(model: str, request: _RawRequest, items: list[msgspec.Raw], tokens: int) -> Cut:

@@ -1,11 +1,11 @@
 -- Admit and publish requests, all that one process publishes in one round trip. Each stands or falls alone.
 -- KEYS: 1 open tasks, then one queue a message.
--- ARGV: 1 messages a queue may hold, 2 prefix of bells, then 9 fields a message:
+-- ARGV: 1 messages a queue may hold, 2 prefix of bells, then 10 fields a message:
 --   task id, score in the open tasks, raw message, body key ('' if inline), task record ('' if synchronous),
---   seconds the record is kept, then of the record: model, operation, deadline.
+--   seconds the record is kept, then of the record: model, operation, deadline, tenant.
 -- Returns one text a message: 'ok', 'full' (the queue holds its limit), or 'bodyless' (its body was not kept).
 -- Limits per model and tenant will be further sets among KEYS and further fields; their refusals, further texts.
-local FIELDS = 9
+local FIELDS = 10
 local limit = tonumber(ARGV[1])
 local answers, lengths = {}, {}
 local submitted
@@ -26,7 +26,7 @@ for at = 3, #ARGV, FIELDS do
         submitted = now[1] .. '.' .. string.format('%06d', now[2])
       end
       redis.call('HSET', record, 'state', 'queued', 'model', ARGV[at + 6], 'operation', ARGV[at + 7],
-        'deadline', ARGV[at + 8], 'submitted', submitted)
+        'deadline', ARGV[at + 8], 'tenant', ARGV[at + 9], 'submitted', submitted)
       redis.call('EXPIRE', record, ARGV[at + 5])
     end
     length = redis.call('LPUSH', queue, raw)

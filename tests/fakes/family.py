@@ -1,9 +1,9 @@
-"""A family without torch: vectors made of a text's SHA-256, cost per batch and item as asked, and texts that do harm.
+"""A family without torch: vectors and scores made of a text's SHA-256, cost as asked, and texts that do harm.
 
 Options of the spec: ``dim``, ``batch_ms``, ``item_ms``, ``prepare_ms``, ``load_ms``, ``bytes`` (and ``estimate``, if
 that is to differ), ``load_fails`` (``permanent``, ``passing``, ``segfault``, ``oom``).
-Texts that act when they are computed: ``!raise !hang !segfault !exit !oom !lost !sleep:<seconds>``; when they are
-prepared: ``!refuse !prepare-hang !prepare-segfault``.
+Texts that act when they are computed: ``!raise !hang !segfault !exit !oom !lost !sleep:<seconds> !leak:<MiB>``; when
+they are prepared: ``!refuse !prepare-hang !prepare-segfault``.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from common.errors import FarmError, ModelLoadError, RequestError
 from config_db.spec import ModelSpec, Placement, Source
 from tasks.messages import Request
+from tasks.scores import ranking
 from workers.host.families.protocol import Device
 from workers.host.families.results import dense_items
 
@@ -38,6 +39,11 @@ def fake_vector(text: str, dim: int = 4) -> npt.NDArray[np.float32]:
     return (whole.astype(np.float64) / 2**31 - 1).astype(np.float32)
 
 
+def fake_score(query: str, text: str) -> float:
+    """The score of a pair: a number in [-1, 1), the same in every process."""
+    return float(fake_vector(f"{query}\n{text}", 1)[0])
+
+
 def fake_spec(name: str = "fake/one", *, path: Path | str, pinned: bool = False, **options: Any) -> ModelSpec:
     """A spec of the fake family; ``path`` is any directory under the worker's model roots."""
     return ModelSpec(
@@ -51,6 +57,7 @@ class AcceleratorError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Prepared:
+    operation: str
     requests: Sequence[Request]
     request_tokens: Sequence[int]
 
@@ -64,12 +71,12 @@ class FakeModel:
         self.is_closed = False
 
     def prepare(self, operation: str, requests: Sequence[Request]) -> _Prepared:
-        assert operation == "encode"
+        assert operation in ("encode", "score")
         assert not self.is_closed
         self._sleep("prepare_ms")
         for text in _texts(requests):
             _act(_AT_PREPARE, text)
-        return _Prepared(requests, [sum(len(text.split()) for text in _texts([one])) for one in requests])
+        return _Prepared(operation, requests, [sum(len(text.split()) for text in _texts([one])) for one in requests])
 
     def run(self, prepared: _Prepared) -> list[npt.NDArray[np.float32]]:
         assert not self.is_closed
@@ -84,6 +91,8 @@ class FakeModel:
         return rows
 
     def finish(self, prepared: _Prepared, raw: list[npt.NDArray[np.float32]]) -> list[bytes | FarmError]:
+        if prepared.operation == "score":
+            return [_ranking(request) for request in prepared.requests]
         pairs = zip(prepared.requests, raw, strict=True)
         return [dense_items(request.items, rows, request.output_dtype) for request, rows in pairs]
 
@@ -129,6 +138,10 @@ def _fail_to_load(spec: ModelSpec) -> None:
             raise ModelLoadError(f"{spec.id} was told not to load", details=details)
 
 
+def _ranking(request: Request) -> bytes:
+    return ranking(request.items, [fake_score(request.query["text"], item["text"]) for item in request.items])
+
+
 def _texts(requests: Sequence[Request]) -> list[str]:
     return [item["text"] for request in requests for item in request.items]
 
@@ -156,12 +169,20 @@ _AT_RUN: Mapping[str, Callable[[str], None]] = {
     "!oom": lambda _: _raise(MemoryError("told to run out of memory")),
     "!lost": lambda _: _raise(AcceleratorError("CUDA error: told to lose the device")),
     "!sleep": lambda text: time.sleep(float(text.partition(":")[2])),
+    "!leak": lambda text: _leak(int(text.partition(":")[2])),
 }
 _AT_PREPARE: Mapping[str, Callable[[str], None]] = {
     "!refuse": lambda _: _raise(RequestError("told to refuse", param="items[0].text")),
     "!prepare-hang": lambda _: _hang(),
     "!prepare-segfault": _segfault,
 }
+
+
+_LEAKED: list[bytearray] = []
+
+
+def _leak(mebibytes: int) -> None:
+    _LEAKED.append(bytearray(b"x") * (mebibytes * 2**20))
 
 
 def _hang() -> None:

@@ -1,11 +1,17 @@
 """Fixtures of more than one file of this folder."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.hosts import LivePool, starting_pools
+from tests.lora import make_adapted
+from tests.rerankers import make_causal_rerankers, make_cross_encoders
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -13,3 +19,35 @@ def start_pool(tmp_path: Path) -> Iterator[Callable[..., LivePool]]:
     """Starts pools of hosts, configured by the arguments where the defaults of ``tests.hosts`` are not wanted."""
     with starting_pools(tmp_path) as start:
         yield start
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny bases with adapters beside them, and what peft says of them (``tests.lora``)."""
+    return make_adapted(tmp_path_factory.mktemp("adapted"))
+
+
+@pytest.fixture(scope="session")
+def tiny_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of tiny extractors, and what their libraries say (``tests.tiny_extractors``)."""
+    out = tmp_path_factory.mktemp("extractors")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.tiny_extractors", str(out)]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="session")
+def cross_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny cross-encoders with what their library says of them; see ``tests.rerankers``."""
+    directory = tmp_path_factory.mktemp("cross-encoders")
+    make_cross_encoders(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def causal_rerankers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny causal rerankers with what their library says of them; see ``tests.rerankers``."""
+    directory = tmp_path_factory.mktemp("causal-rerankers")
+    make_causal_rerankers(directory)
+    return directory

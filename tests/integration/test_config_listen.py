@@ -4,12 +4,15 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy import Engine, make_url, text
 from sqlalchemy.orm import Session
 
 from config_db.engine import open_engine, transaction
+from config_db.listening import Listener
 from config_db.publish import Put, publish
 from config_db.reader import SnapshotReader
 from tests.integration.test_config_reader import run_python
@@ -196,3 +199,27 @@ def test_a_stopped_reader_leaves_no_connection(database_url: str, engine: Engine
             return connection.execute(text(LISTENING)).scalar() == 0
 
         wait_until(are_gone, 5, "the connections to be gone")
+
+
+def test_the_name_of_the_database_is_looked_up_where_a_greenlet_can_wait(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libpq would do so itself, for a whole process at once; ours is told the address."""
+    asked: list[str] = []
+    resolve = socket.getaddrinfo
+
+    def note(host: str, *rest: Any, **named: Any) -> Any:
+        asked.append(host)
+        return resolve("127.0.0.1" if host == "db.invalid" else host, *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", note)
+    params = conninfo_to_dict(database_url)
+    listener = Listener(make_conninfo(**{**params, "host": "db.invalid"}))
+
+    def listens() -> bool:
+        listener.wait(0.1)
+        return listener.is_listening
+
+    wait_until(listens, 10, "the listener to be connected")
+    assert "db.invalid" in asked
+    listener.close()

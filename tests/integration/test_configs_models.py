@@ -175,11 +175,12 @@ def test_the_operator_s_own_family_is_known(web: Web) -> None:
 
 
 def test_a_model_that_cannot_be_served_is_kept_with_a_warning(web: Web) -> None:
-    made = post(web, {"id": "coming/m", "family": "clip", "source": {"hub": "coming/m"}})
+    refused = {"id": "refused/m", "family": "clip", "source": {"hub": "x"}, "unsupported": "needs code of its own"}
+    made = post(web, refused)
     assert made.status_code == 201
     assert "cannot be served" in made.json()["warnings"][0]
     assert made.json()["routable_bundles_by_profile"] == {"default": []}
-    status = web.http.get(f"{MODELS}/coming/m/status").json()
+    status = web.http.get(f"{MODELS}/refused/m/status").json()
     assert (status["no_bundles"], status["all_bundles_acked"]) == (True, False)
 
 

@@ -149,7 +149,8 @@ def test_what_cannot_be_resolved(web: Web) -> None:
     for conflict in (resolve(web, model="org/m", bundle="other"), resolve(web, model="other:/org/m")):
         assert (conflict.status_code, conflict.json()["detail"]["compatible_bundles"]) == (409, ["default"])
     assert resolve(web, model=3).json()["error"]["param"] == "model"
-    web.http.post(MODELS, json={"id": "coming/m", "family": "clip", "source": {"hub": "x"}})
-    coming = resolve(web, model="coming/m").json()
-    assert (coming["resolved_bundle"], coming["compatible_bundles"]) == (None, [])
-    assert "clip" in coming["unsupported"]
+    refused = {"id": "refused/m", "family": "clip", "source": {"hub": "x"}, "unsupported": "needs code of its own"}
+    web.http.post(MODELS, json=refused)
+    answer = resolve(web, model="refused/m").json()
+    assert (answer["resolved_bundle"], answer["compatible_bundles"]) == (None, [])
+    assert "needs code" in answer["unsupported"]

@@ -158,6 +158,16 @@ def test_real_weights_in_float32_agree_with_sentence_transformers(
     np.testing.assert_allclose(vectors, minilm_reference, atol=2e-5)
 
 
+def test_vectors_are_cut_as_sentence_transformers_cuts_them(minilm: Path, tmp_path: Path) -> None:
+    model, wanted = load(minilm), reference(minilm, tmp_path, truncate_dim=64, normalize_embeddings=True)
+    cut = encode(model, TEXTS, options={"dimensions": 64})
+    assert cut.shape == (len(TEXTS), 64)
+    np.testing.assert_allclose(cut, wanted, atol=5e-5)
+    assert encode(model, TEXTS[:2], options={"dimensions": 384}).shape == (2, 384)
+    raw = encode(model, TEXTS, options={"dimensions": 64, "normalize": False})
+    np.testing.assert_allclose(raw, encode(model, TEXTS, options={"normalize": False})[:, :64], atol=1e-5)
+
+
 def test_the_default_precision_is_as_good_as_promised(minilm: Path, minilm_reference: npt.NDArray[np.float32]) -> None:
     assert cosines(encode(load(minilm, precision="auto"), TEXTS), minilm_reference).min() > 0.999
 

@@ -66,7 +66,7 @@ def test_an_adapter_nobody_has_is_an_error_not_the_base_model(start_pool: Callab
     live = start_pool()
     host, spec = live.ready()[0].id, live.spec()
     body = encode_body(spec.id, Request(items=[{"text": "x"}]))
-    live.pool.send(host, HostBatch(1, spec, Operation.ENCODE, "some-lora", (body,), LONG_S))
+    live.pool.send(host, HostBatch(1, spec, Operation.ENCODE, ("some-lora",), (body,), LONG_S))
     live.until(lambda: 1 in live.events.done, "an answer")
     assert code(live.events.done[1][0][0]) == "INVALID_INPUT"
 

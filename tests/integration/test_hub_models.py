@@ -203,9 +203,9 @@ def test_the_hub_fills_no_more_of_the_table_than_it_may(engine: Engine, hub: Hub
 
 
 def test_what_this_release_cannot_serve_is_not_registered(engine: Engine, hub: HubStandIn) -> None:
-    hub.repositories["org/ner"] = {"gliner_config.json": {"max_len": 384}, "model.safetensors": None}
-    with pytest.raises(ModelUnsupportedError, match="`gliner` is not in this release yet"):
-        registrar(engine, hub).find("org/ner", allow=ALLOW, epoch=1)
+    hub.repositories["org/m"] = REFUSALS["unknown family"][0]
+    with pytest.raises(ModelUnsupportedError, match="do not say which family"):
+        registrar(engine, hub).find("org/m", allow=ALLOW, epoch=1)
     assert rows(engine) == {}
 
 
@@ -320,12 +320,12 @@ def test_refusals_reach_the_caller_with_their_status(
 
 def test_an_unsupported_model_is_501_with_the_reason(web: Web, engine: Engine) -> None:
     specs = [
-        ModelSpec(id="org/ner", family="gliner", source=Source(hub="org/ner"), operations=("extract",)),
+        ModelSpec(id="org/mine", family="mine", source=Source(hub="org/mine"), unsupported="waits for its licence"),
         ModelSpec(id="org/code", family="dense", source=Source(hub="org/code"), unsupported="needs code of its own"),
     ]
     with transaction(engine) as session:
         apply_models(session, specs, actor="test", reason="test")
-    for spec, reason in zip(specs, ("not in this release yet", "needs code of its own"), strict=True):
+    for spec, reason in zip(specs, ("waits for its licence", "needs code of its own"), strict=True):
         wait_until(lambda: encode(web, spec.id).status_code != 404, what="the models to be read")  # noqa: B023
         response = encode(web, spec.id)
         assert (response.status_code, response.json()["error"]["code"]) == (501, "MODEL_UNSUPPORTED")

@@ -112,6 +112,28 @@ def test_replies_of_a_lost_connection_answer_no_call_of_the_next(serve: Callable
     link.close()
 
 
+def test_a_redis_that_is_loading_is_asked_again(serve: Callable[..., Peer], hub: Hub) -> None:
+    def loads(connection: socket.socket) -> None:
+        read_until(connection, b"wanted")
+        connection.sendall(b"-LOADING Redis is loading the dataset in memory\r\n")
+        connection.recv(1)
+
+    def answers(connection: socket.socket) -> None:
+        read_until(connection, b"wanted")
+        connection.sendall(b"$4\r\nbody\r\n")
+        connection.recv(1)
+
+    peer = serve(loads, loads, answers)
+    link = RedisLink(peer.url, on_connect=lambda: None, script_names=())
+    link.register(hub)
+    replies: list[Any] = []
+    link.call("GET", "wanted", then=replies.append, repeat=True)
+    run(hub, link, lambda: replies)
+    assert replies == [b"body"]
+    assert peer.connections == 3
+    link.close()
+
+
 def test_a_connection_that_dies_while_it_is_made_is_made_again(serve: Callable[..., Peer], hub: Hub) -> None:
     def hangs_up(connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

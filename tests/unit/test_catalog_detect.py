@@ -90,6 +90,44 @@ def test_bge_m3_is_told_from_its_heads() -> None:
     assert (spec.family, spec.dims) == ("bge-m3", {"dense": 8, "sparse": 30, "multivector": 8})
 
 
+def test_a_router_is_looked_into() -> None:
+    types = {"query_0_SparseStaticEmbedding": "st.SparseStaticEmbedding", "document_0_Transformer": "st.Transformer"}
+    files = {
+        "modules.json": modules("Router"),
+        "router_config.json": {"types": types},
+        "document_0_Transformer/config.json": BERT,
+        "document_0_Transformer/model.safetensors": None,
+        "document_0_Transformer/tokenizer_config.json": {"model_max_length": 64},
+    }
+    spec = describe(Files(files), model_id="org/m", source={"hub": "org/m"})
+    assert (spec.family, spec.dims, spec.max_length) == ("sparse", {"sparse": 30}, 64)
+
+
+def test_a_clip_model_of_sentence_transformers_lies_in_a_folder_of_its_own() -> None:
+    files = {
+        "modules.json": [{"type": "sentence_transformers.models.CLIPModel", "path": "0_CLIPModel"}],
+        "0_CLIPModel/config.json": {"model_type": "clip", "projection_dim": 4},
+        "0_CLIPModel/model.safetensors": None,
+        "0_CLIPModel/tokenizer_config.json": {"model_max_length": 77},
+    }
+    spec = describe(Files(files), model_id="org/m", source={"hub": "org/m"})
+    assert (spec.family, spec.inputs, spec.dims, spec.max_length) == ("clip", ("text", "image"), {"dense": 4}, 77)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("artifact.metadata", {"doc_maxlen": 180}),
+        ("config_sentence_transformers.json", {"document_length": 180}),
+        ("sentence_bert_config.json", {"document_length": 180, "max_seq_length": 512}),
+    ],
+)
+def test_the_length_of_late_interaction_is_a_documents(name: str, content: dict[str, Any]) -> None:
+    config = {"architectures": ["HF_ColBERT"], "hidden_size": 8}
+    files = {"config.json": config, "tokenizer_config.json": {"model_max_length": 512}, name: content}
+    assert describe(Files(WEIGHTS | files), model_id="org/m", source={"hub": "org/m"}).max_length == 180
+
+
 @pytest.mark.parametrize(
     ("seen", "files"),
     [

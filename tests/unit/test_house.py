@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from pydantic import ByteSize, TypeAdapter
+from pydantic import ByteSize, SecretStr, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from common.settings import CommonSettings, WebSettings, WorkerSettings, load_settings
@@ -71,6 +71,8 @@ def test_every_setting_is_documented_and_nothing_else_is() -> None:
 def test_a_documented_default_is_the_default(name: str) -> None:
     default = KNOWN[name].default
     said = documented()[name][0].strip("`")
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
     if default is None:
         assert said == "unset"
     elif default == "":

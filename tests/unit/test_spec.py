@@ -39,6 +39,7 @@ DECIDES: dict[str, list[Any]] = {
     "outputs": [("sparse",)],
     "inputs": [("image",)],
     "dims": [{"dense": 8}],
+    "matryoshka": [(4,)],
     "max_length": [512],
     "precision": ["float32"],
     "pooling": ["cls"],
@@ -306,6 +307,7 @@ SPECS = st.fixed_dictionaries(
     optional={
         **VARIANTS,
         "description": TEXTS,
+        "matryoshka": st.lists(COUNTS, max_size=3).map(tuple),
         "operations": some(Operation),
         "inputs": some(Input),
         "profiles": PROFILES,

@@ -8,6 +8,8 @@ from flask.typing import ResponseReturnValue
 from common.errors import ModelUnsupportedError
 from config_db.families import why_unsupported
 from config_db.spec import DEFAULT_PROFILE, ModelSpec, plain
+from webapp.admission import check_access, may_use
+from webapp.auth.principals import principal
 from webapp.farm import farm
 from webapp.wire import answers
 
@@ -18,22 +20,31 @@ _THE_MODEL: Final = {"is_default": True}
 
 @bp.get("/v1/models")
 def index() -> ResponseReturnValue:
-    """All models, and their profiles as models of their own, by name."""
+    """All models, and their profiles as models of their own, by name; twice, for two kinds of clients."""
     resident = farm().fleet.resident()
-    specs = sorted(farm().served.all_specs(), key=lambda spec: spec.id)
-    return answers.answer({"models": [_info(spec, is_loaded=spec.digest in resident) for spec in specs]})
+    tenant = principal().tenant
+    usable = (spec for spec in farm().served.all_specs() if may_use(spec, tenant))
+    specs = sorted(usable, key=lambda spec: spec.id)
+    infos = [_info(spec, is_loaded=spec.digest in resident) for spec in specs]
+    return answers.answer({"models": infos, "object": "list", "data": [_listed(spec) for spec in specs]})
 
 
 @bp.get("/v1/models/<path:model>")
 def show(model: str) -> ResponseReturnValue:
     """One model, by its id, an alias, or ``<either>:<profile>``."""
     spec = farm().served.model(model)
+    check_access(spec, principal().tenant)
     info = _info(spec, is_loaded=spec.digest in farm().fleet.resident())
-    return answers.answer({**info, "id": spec.id, "object": "model", "created": 0, "owned_by": "farmhand"})
+    return answers.answer({**info, **_listed(spec)})
+
+
+def _listed(spec: ModelSpec) -> dict[str, Any]:
+    """A model as clients of the OpenAI routes read it, beside what others read in the same answer."""
+    return {"id": spec.id, "object": "model", "created": 0, "owned_by": "farmhand"}
 
 
 def _info(spec: ModelSpec, *, is_loaded: bool) -> dict[str, Any]:
-    unsupported = why_unsupported(spec)
+    unsupported = why_unsupported(spec, farm().settings.family_places)
     return {
         "name": spec.id,
         "inputs": list(spec.inputs),

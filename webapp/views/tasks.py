@@ -6,6 +6,7 @@ from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
 from common.errors import TaskNotFoundError
+from webapp.auth.principals import principal
 from webapp.farm import farm
 from webapp.wire import answers
 from webapp.wire.queries import read_wait_s
@@ -19,13 +20,15 @@ MAX_ID_LENGTH: Final = 64
 @bp.get("/v1/tasks/<path:task_id>")
 def show(task_id: str) -> ResponseReturnValue:
     """The task's state, and its result or error once it has ended; ``?wait=s`` waits for that."""
-    return answers.task_answer(farm().client.task(_sane(task_id), wait_s=read_wait_s(MAX_WAIT_S)))
+    return answers.task_answer(
+        farm().client.task(_sane(task_id), tenant=principal().tenant, wait_s=read_wait_s(MAX_WAIT_S))
+    )
 
 
 @bp.delete("/v1/tasks/<path:task_id>")
 def cancel(task_id: str) -> ResponseReturnValue:
     """Cancel the task; one that has ended stays as it is."""
-    return answers.task_answer(farm().client.cancel(_sane(task_id)))
+    return answers.task_answer(farm().client.cancel(_sane(task_id), tenant=principal().tenant))
 
 
 def _sane(task_id: str) -> str:

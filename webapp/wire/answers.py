@@ -11,7 +11,7 @@ import msgspec
 from flask import Response
 
 from tasks import codec
-from tasks.messages import RESULT_FIELD, Outcome
+from tasks.messages import RESULT_FIELD, Outcome, head_fields
 from tasks.names import Operation
 from tasks.records import TaskView
 from webapp.wire.headers import JSON, MSGPACK, set_common, wants_msgpack
@@ -23,6 +23,11 @@ _TIME_HEADERS: Final = {
     "inference_ms": "X-Inference-Time",
     "postprocessing_ms": "X-Postprocessing-Time",
     "total_ms": "X-Total-Time",
+}
+_UNIT_HEADERS: Final = {
+    "input_tokens": "X-SIE-Units-Input-Tokens",
+    "images": "X-SIE-Units-Images",
+    "pairs": "X-SIE-Units-Pairs",
 }
 
 
@@ -37,7 +42,7 @@ def result_fields(outcome: Outcome, operation: Operation, *, as_msgpack: bool) -
     """A successful outcome as the body of its answer."""
     result = outcome.result if as_msgpack else codec.jsonable(codec.unpack(outcome.result))
     fields: dict[str, Any] = {
-        "model": outcome.model,
+        **head_fields(outcome, operation),
         RESULT_FIELD[operation]: result,
         "timing": outcome.timing,
     }
@@ -60,8 +65,9 @@ def outcome_answer(outcome: Outcome, operation: Operation, *, total_ms: float, m
         if name in _TIME_HEADERS:
             headers[_TIME_HEADERS[name]] = f"{value:.2f}"
     headers["X-SIE-Model-Revision"] = outcome.spec
-    if "input_tokens" in outcome.usage:
-        headers["X-SIE-Units-Input-Tokens"] = str(outcome.usage["input_tokens"])
+    for unit, name in _UNIT_HEADERS.items():
+        if unit in outcome.usage:
+            headers[name] = str(outcome.usage[unit])
     return response
 
 

@@ -19,12 +19,19 @@ _WHERE: Final = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$", re.DOTALL)
 _MISSING: Final = re.compile(r"missing required field `(\w+)`")
 
 
+class ImageFile(msgspec.Struct, omit_defaults=True):
+    """The bytes of an image file (in JSON standard base64), and what their sender takes them for."""
+
+    data: bytes
+    format: str | None = None
+
+
 class Item(msgspec.Struct):
-    """One input of a request. What a text model does not read stays undecoded."""
+    """One input of a request. What no model reads stays undecoded."""
 
     id: str | None = None
     text: str | None = None
-    images: msgspec.Raw = msgspec.Raw()
+    images: list[ImageFile] | None = None
     audio: msgspec.Raw = msgspec.Raw()
     video: msgspec.Raw = msgspec.Raw()
     document: msgspec.Raw = msgspec.Raw()
@@ -45,6 +52,32 @@ class EncodeBody(msgspec.Struct):
 
     items: list[Item]
     params: EncodeParams | None = None
+
+
+class ScoreBody(msgspec.Struct):
+    """The body of a score request; how to score stands at its top, not under ``params``."""
+
+    query: Item
+    items: list[Item]
+    instruction: str | None = None
+    options: dict[str, Any] | None = None
+    params: msgspec.Raw = msgspec.Raw()
+
+
+class ExtractParams(msgspec.Struct):
+    """What to extract."""
+
+    labels: list[str] | None = None
+    output_schema: dict[str, Any] | None = None
+    instruction: str | None = None
+    options: dict[str, Any] | None = None
+
+
+class ExtractBody(msgspec.Struct):
+    """The body of an extract request."""
+
+    items: list[Item]
+    params: ExtractParams | None = None
 
 
 def read(kind: type[T], *, max_bytes: int) -> T:
@@ -71,18 +104,18 @@ def read(kind: type[T], *, max_bytes: int) -> T:
     return body
 
 
-def check_free_form(value: object, *, param: str, depth: int = 0) -> None:
+def check_free_form(value: object, *, param: str, depth: int = 0, max_depth: int = MAX_DEPTH) -> None:
     """RequestError unless a free-form value is made of finite numbers, texts, flags, lists and maps named by texts."""
-    if depth > MAX_DEPTH:
+    if depth > max_depth:
         raise RequestError(f"{param} is nested too deeply", param=param)
     if isinstance(value, dict):
         for name, inner in value.items():
             if not isinstance(name, str):
                 raise RequestError(f"{param} has a name that is not text", param=param)
-            check_free_form(inner, param=f"{param}.{name}"[:200], depth=depth + 1)
+            check_free_form(inner, param=f"{param}.{name}"[:200], depth=depth + 1, max_depth=max_depth)
     elif isinstance(value, list):
         for at, inner in enumerate(value):
-            check_free_form(inner, param=f"{param}[{at}]"[:200], depth=depth + 1)
+            check_free_form(inner, param=f"{param}[{at}]"[:200], depth=depth + 1, max_depth=max_depth)
     elif isinstance(value, float):
         if not isfinite(value):
             raise RequestError(f"{param} is not a finite number", param=param)

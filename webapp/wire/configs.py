@@ -31,6 +31,7 @@ from config_db.idempotency import Answer
 from config_db.model_writes import Intent
 from tasks.codec import dump_json
 from webapp import problems
+from webapp.auth.principals import ANYBODY, principal
 from webapp.wire.bodies import read_raw
 from webapp.wire.headers import JSON, set_common
 
@@ -104,7 +105,8 @@ def _attempt(function: Callable[[bytes], Any], raw: bytes) -> tuple[Any, FarmErr
 
 def read_intent() -> Intent:
     """Who writes and why, for the history, and the epoch that the write is meant for; RequestError names the header."""
-    name = _words("X-Farmhand-Actor", _MAX_ACTOR) or "anonymous"
+    said = _words("X-Farmhand-Actor", _MAX_ACTOR)
+    name = principal().name if principal() is not ANYBODY else said or ANYBODY.name
     reason = _words("X-Farmhand-Reason", _MAX_REASON) or f"{request.method} {request.path}"[:_MAX_REASON]
     return Intent(f"{name}@{request.remote_addr or 'unknown'}", reason, _expected_epoch())
 

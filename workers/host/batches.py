@@ -49,7 +49,7 @@ class BatchRun:
     make_room: Callable[[], None]
     times: Times = field(default_factory=Times)
     prepared: Prepared | None = None
-    has_made_room: bool = False
+    _steps_taken: int = 0
 
     def prepare(self) -> None:
         """Tokenise all together, ahead of the turn. A raise is kept for ``answers``, which finds the culprit."""
@@ -72,14 +72,23 @@ class BatchRun:
         except Exception as error:
             if devices.is_device_lost(error):
                 raise
-            if devices.is_out_of_memory(error) and not self.has_made_room:
-                self.has_made_room = True
-                self.make_room()
+            if devices.is_out_of_memory(error) and self._free_memory():
                 return self._answer(requests, None)
             if len(requests) == 1:
                 return [Answer(None, 0, as_farm_error(error).as_dict())]
         middle = (len(requests) + 1) // 2
         return self._answer(requests[:middle], None) + self._answer(requests[middle:], None)
+
+    def _free_memory(self) -> bool:
+        """Take the next step against a want of memory: clear caches, then evict; false if only halving is left."""
+        self._steps_taken += 1
+        if self._steps_taken == 1:
+            devices.clear_caches()
+        elif self._steps_taken == 2:
+            self.make_room()
+        else:
+            return False
+        return True
 
     def _run(self, requests: Sequence[Request], prepared: Prepared | None) -> list[Answer]:
         if prepared is None:

@@ -4,6 +4,7 @@ torch is asked only if it has been imported or the device is a GPU: a host of fa
 ``python -m workers.host.devices <worker's pid>`` prints the number of GPUs, for a worker that must know at its start.
 """
 
+import ctypes
 import gc
 import sys
 from collections.abc import Iterator
@@ -11,24 +12,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from workers.host.copies import Copies
 from workers.host.families.protocol import Device
 from workers.host.frames import HostSetup
+from workers.host.host_memory import HostMemory
 from workers.host.orphans import die_with_parent
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
 _MEMINFO: Final = Path("/proc/meminfo")
+_STATUS: Final = Path("/proc/self/status")
+_libc: Final = ctypes.CDLL(None)
+HOST_FRACTION: Final = 0.25
+"""Of the memory that is available at its start, a host of a GPU keeps weights page-locked in this share."""
 
 
 def open_device(name: str, setup: HostSetup) -> Device:
     """The device by torch's name of it; on a GPU its context is made, which fails here if it cannot be used."""
+    copies = Copies(Path(setup.copies_dir), setup.copies_bytes) if setup.copies_dir and setup.copies_bytes else None
     if name == "cpu":
-        return Device(pass_tokens=setup.pass_tokens)
+        return Device(pass_tokens=setup.pass_tokens, copies=copies)
     import torch
 
     index = int(name.rpartition(":")[2])
     torch.cuda.set_device(index)
     torch.zeros(1, device=name)
-    return Device(kind="cuda", index=index, name=name, pass_tokens=setup.pass_tokens)
+    memory = HostMemory(setup.host_memory_bytes or int(HOST_FRACTION * _available_bytes() / setup.hosts_per_device))
+    return Device(kind="cuda", index=index, name=name, pass_tokens=setup.pass_tokens, copies=copies, host_memory=memory)
 
 
 def count_gpus() -> int:
@@ -52,6 +61,16 @@ def measure_budget(device: Device, setup: HostSetup) -> int:
     return int(_room(device) * setup.device_fraction) // setup.hosts_per_device
 
 
+def held_bytes(device: Device) -> int:
+    """What this process holds of the device's memory; on CPU its own pages, without those it has mapped from files."""
+    if device.kind == "cuda":
+        import torch
+
+        return int(torch.cuda.memory_reserved(device.index))
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return next(int(words[1]) * 1024 for words in lines if words[0] == "RssAnon:")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, or the machine, had no memory left for this."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -71,9 +90,17 @@ def is_device_lost(error: BaseException) -> bool:
 def clear_caches() -> None:
     """Give what nobody uses back to the device."""
     gc.collect()
+    trim()
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system: glibc keeps it, in pieces, after a load has converted weights."""
+    trim_heap = getattr(_libc, "malloc_trim", None)  # glibc's own; other C libraries give memory back by themselves
+    if trim_heap is not None:
+        trim_heap(0)
 
 
 def _room(device: Device) -> int:

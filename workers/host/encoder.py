@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from workers.host.attention import NAME, layout
@@ -84,6 +85,22 @@ class Encoder:
             place += group.count
         return found
 
+    def partly_seen(self, rows: Sequence[Sequence[int]], seen: Sequence[int], attention: str) -> torch.Tensor:
+        """The last hidden states ``[count, length, width]`` of texts of one length.
+
+        Args:
+            rows: the texts.
+            seen: of each text, how many of its first tokens any token of it attends to.
+            attention: transformers' name of an attention that takes a mask.
+        """
+        ids = np.array(rows, dtype=np.int64)
+        mask = (np.arange(ids.shape[1]) < np.array(seen)[:, None]).astype(np.int64)
+        self.module.set_attn_implementation(attention)  # type: ignore[operator]  # transformers' own
+        try:
+            return self._forward({"input_ids": self._tensor(ids), "attention_mask": self._tensor(mask)})
+        finally:
+            self.module.set_attn_implementation(self.layout.attention)  # type: ignore[operator]
+
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if "token_type_ids" in self.takes:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
@@ -106,17 +123,34 @@ class Skeletons:
         free = self._free.get(architecture)
         if not free:
             return None
-        return free.pop() if len(free) > 1 else copy.deepcopy(free[0])
+        if len(free) > 1:
+            return free.pop()
+        shared: dict[int, Any] = {id(one): one for one in (*free[0].parameters(), *free[0].buffers())}
+        return copy.deepcopy(free[0], shared)  # both are replaced, never written to
+
+    def learn(self, architecture: str, module: torch.nn.Module) -> None:
+        """Have a skeleton of this architecture, made after a loaded module, unless there is one; '' is none."""
+        if architecture and not self._free.get(architecture):
+            known: dict[int, Any] = {id(one): _without_data(one) for one in module.parameters()}
+            self._free[architecture].append(copy.deepcopy(module, known))
 
     def give_back(self, architecture: str, module: torch.nn.Module) -> None:
-        """Keep a module whose model leaves; its weights are let go."""
+        """Keep a module whose model leaves, unless its architecture has no name; its weights are let go."""
         for owner in module.modules():
             for name, tensor in owner._parameters.items():  # noqa: SLF001 - setattr would check and copy
                 if tensor is not None and tensor.device != _META:
-                    owner._parameters[name] = torch.nn.Parameter(  # noqa: SLF001
-                        torch.empty_like(tensor, device=_META), requires_grad=False
-                    )
-        self._free[architecture].append(module)
+                    owner._parameters[name] = _without_data(tensor)  # noqa: SLF001
+        if architecture:
+            self._free[architecture].append(module)
+
+
+def has_own_buffers(module: torch.nn.Module) -> bool:
+    """Whether its files hold more than parameters: a skeleton of it would keep another model's numbers."""
+    return bool(module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys())
+
+
+def _without_data(parameter: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty_like(parameter, device=_META), requires_grad=False)
 
 
 def load_module(files: Path) -> torch.nn.Module:
@@ -131,6 +165,15 @@ def load_module(files: Path) -> torch.nn.Module:
     for parameter in module.parameters():
         parameter.requires_grad_(requires_grad=False)
     return module.eval()  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def blank_module(files: Path) -> torch.nn.Module:
+    """A module as ``load_module`` makes it, but for its weights, which are not even initialised."""
+    config = AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
+    with no_init_weights():
+        made: Any = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    module: torch.nn.Module = made.requires_grad_(requires_grad=False).eval()
+    return module
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

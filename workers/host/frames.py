@@ -13,9 +13,12 @@ from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from config_db.spec import ModelSpec
+from config_db.spec import ModelSpec, Source
+from workers.weights.setup import WeightsSetup
 
 MAX_FRAME_BYTES: Final = 2**31
+NO_ROOM: Final = "no room"
+"""Why a hinted load was skipped, in its details: all that could have left is in use."""
 _LENGTH: Final = Layout(">I")
 _encoder: Final = msgspec.msgpack.Encoder()
 
@@ -25,14 +28,17 @@ class HostSetup(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="s
 
     preimport: tuple[str, ...]
     extra_families: dict[str, str]
-    model_dirs: tuple[str, ...]
-    hub_cache: str | None
+    weights: WeightsSetup
     pass_tokens: int
     torch_threads: int
     budget_bytes: int
     device_fraction: float
     hosts_per_device: int
     log_level: str
+    copies_dir: str | None = None
+    copies_bytes: int = 0
+    host_memory_bytes: int = 0
+    growth_bytes: int = 0
 
 
 class Fork(msgspec.Struct, frozen=True, tag_field="t", tag="fork"):
@@ -63,7 +69,10 @@ class Exited(msgspec.Struct, frozen=True, tag_field="t", tag="exited"):
 
 
 class Introduce(msgspec.Struct, frozen=True, tag_field="t", tag="spec"):
-    """Link, to the host: a spec that batches name by its digest from now on; ``number`` stands for it on the board."""
+    """Link, to the host: a spec that batches name by its digest from now on; ``number`` stands for it on the board.
+
+    Sent again when its placement changes, which the digest does not cover.
+    """
 
     digest: str
     number: int
@@ -71,25 +80,34 @@ class Introduce(msgspec.Struct, frozen=True, tag_field="t", tag="spec"):
 
 
 class Batch(msgspec.Struct, frozen=True, tag_field="t", tag="batch"):
-    """Link, to the host: one micro-batch; ``parts`` are Celery bodies."""
+    """Link, to the host: one micro-batch; ``parts`` are Celery bodies, ``adapters`` the digests of theirs, if any."""
 
     id: int
     spec: str
     operation: str
-    adapter: str | None
+    adapters: Sequence[str | None] | None
     parts: Sequence[bytes]
 
 
 class Load(msgspec.Struct, frozen=True, tag_field="t", tag="load"):
-    """Link, to the host: this model is likely to be wanted next."""
+    """Link, to the host: this model is likely to be wanted next; with ``warm_up``, it also runs once, unasked."""
 
     spec: str
+    warm_up: bool = False
 
 
 class Evict(msgspec.Struct, frozen=True, tag_field="t", tag="evict"):
-    """Link, to the host: this model is not wanted any more."""
+    """Link, to the host: this model is not wanted any more, as it was ``replaced`` or ``removed``."""
 
     spec: str
+    reason: str
+
+
+class Fetch(msgspec.Struct, frozen=True, tag_field="t", tag="fetch"):
+    """Link, to the host: bring an adapter's files onto this machine's disk; it says when they are there."""
+
+    adapter: str
+    source: Source
 
 
 class Ready(msgspec.Struct, frozen=True, tag_field="t", tag="ready"):
@@ -120,18 +138,47 @@ class Done(msgspec.Struct, frozen=True, tag_field="t", tag="done"):
     tokens: int
 
 
+class Fetched(msgspec.Struct, frozen=True, tag_field="t", tag="fetched"):
+    """Link, from the host: an adapter's files are on this machine's disk, or why they are not."""
+
+    adapter: str
+    error: dict[str, Any] | None = None
+
+
+class Grown(msgspec.Struct, frozen=True, tag_field="t", tag="grown"):
+    """Link, from the host: it holds more memory than its models and its start explain; it should be replaced."""
+
+    held_bytes: int
+    explained_bytes: int
+    bound_bytes: int
+
+
 class ModelNews(msgspec.Struct, frozen=True, tag_field="t", tag="model"):
-    """Link, from the host: residency changed. ``skipped``: a hinted load was not begun, for want of memory."""
+    """Link, from the host: residency changed.
+
+    ``skipped``: a hinted load was not begun, for want of memory. ``warm``: what was asked to run once has.
+    ``adapter_...``: of an adapter on this base, which the detail names.
+    """
 
     spec: str
-    event: Literal["loading", "loaded", "load_failed", "evicted", "skipped"]
+    event: Literal[
+        "loading",
+        "loaded",
+        "load_failed",
+        "evicted",
+        "skipped",
+        "warm",
+        "adapter_loaded",
+        "adapter_failed",
+        "adapter_evicted",
+    ]
     detail: dict[str, Any] = {}
 
 
 ToZygote: TypeAlias = HostSetup | Fork | Kill
 FromZygote: TypeAlias = Imported | Exited
-ToHost: TypeAlias = Introduce | Batch | Load | Evict
-FromHost: TypeAlias = Ready | Done | ModelNews
+ToHost: TypeAlias = Introduce | Batch | Load | Evict | Fetch
+FromHost: TypeAlias = Ready | Done | ModelNews | Grown | Fetched
 
 to_zygote: Final = msgspec.msgpack.Decoder(ToZygote)
 from_zygote: Final = msgspec.msgpack.Decoder(FromZygote)

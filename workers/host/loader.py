@@ -11,12 +11,13 @@ from typing import Any, Final
 
 from common.errors import CapacityError, FarmError, ModelLoadError, ResidencyFullError
 from common.logs import get_logger
-from config_db.spec import ModelSpec
+from config_db.spec import ModelSpec, Source
 from workers.host import devices
 from workers.host.families.protocol import Device, Family, Model
 from workers.host.families.registry import find
-from workers.host.frames import HostSetup
-from workers.host.residency import Residency
+from workers.host.frames import NO_ROOM, HostSetup
+from workers.host.residency import Residency, Terms
+from workers.weights.leases import Files
 
 log = get_logger("host")
 
@@ -51,6 +52,7 @@ class Loader:
         self._tell = tell
         self._families: dict[str, Family] = {}
         self._failures: dict[str, _Failure] = {}
+        self._own_bytes: dict[str, int] = {}
 
     def lease(self, digest: str, spec: ModelSpec) -> tuple[Model, float]:
         """Hold the model, loading it first if it is absent; also the seconds that took.
@@ -72,6 +74,12 @@ class Loader:
             raise ModelLoadError(f"{spec.id} was evicted as soon as it was loaded; try again", details=_why("UNKNOWN"))
         return model, load_s
 
+    def explained_bytes(self) -> int:
+        """Memory of this process that its resident models account for; mapped files are not counted."""
+        resident = self._residency.resident()
+        self._own_bytes = {digest: size for digest, size in self._own_bytes.items() if digest in resident}
+        return sum(self._own_bytes.values())
+
     def preload(self, digest: str, spec: ModelSpec) -> None:
         """Load on a hint: only if there is room, or what is in the way lies idle. Failures are told, not raised."""
         if digest in self._residency.resident() or self._remembered(digest) is not None:
@@ -80,7 +88,7 @@ class Loader:
         try:
             self._load(digest, spec, wait_s=0.0, idle_s=HINT_IDLE_S)
         except CapacityError:
-            self._tell(digest, "skipped", {})
+            self._tell(digest, "skipped", {"why": NO_ROOM})
         except FarmError as error:
             self._tell(digest, "load_failed", {"error": error.as_dict()})
 
@@ -89,11 +97,17 @@ class Loader:
         started = monotonic()
         self._tell(digest, "loading", {})
         try:
-            family, files = self._family(spec.family), self._files(spec)
-            estimate = family.estimate_bytes(spec, files)
-            with self._residency.reserved(digest, estimate, wait_s=wait_s, idle_s=idle_s):
-                model = self._load_files(family, spec, files)
-                size = self._residency.admit(digest, model, pinned=spec.placement.pinned, wait_s=wait_s)
+            family = self._family(spec.family)
+            with (
+                self.find(spec.source) as files,
+                self._residency.reserved(digest, family.estimate_bytes(spec, files.path), wait_s=wait_s, idle_s=idle_s),
+            ):
+                held_bytes = devices.held_bytes(self._device)
+                model = self._load_files(family, spec, files.path)
+                grown = devices.held_bytes(self._device) - held_bytes
+                files.keep_for(model)
+                size = self._residency.admit(digest, model, terms(spec), wait_s=wait_s)
+                self._own_bytes[digest] = min(size, max(0, grown))
         except Exception as error:
             raise self._remember(digest, spec, error) from error
         self._failures.pop(digest, None)
@@ -117,14 +131,28 @@ class Loader:
             self._families[name] = find(name, self._setup.extra_families)
         return self._families[name]
 
-    def _files(self, spec: ModelSpec) -> Path:
+    def find(self, source: Source) -> Files:
+        """The files of a model or an adapter, brought onto this machine's disk if they are not there yet."""
         from workers.weights.resolve import resolve
 
-        return resolve(
-            spec.source,
-            allowed_roots=tuple(Path(root) for root in self._setup.model_dirs),
-            cache_dir=Path(self._setup.hub_cache) if self._setup.hub_cache else None,
+        return resolve(source, self._setup.weights)
+
+    def must_fetch(self, digest: str, spec: ModelSpec) -> bool:
+        """Whether its files must come from elsewhere before it can be loaded; no, if that has just failed."""
+        from workers.weights.resolve import is_here
+
+        return (
+            digest not in self._residency.resident()
+            and self._remembered(digest) is None
+            and not is_here(spec.source, self._setup.weights)
         )
+
+    def bring(self, digest: str, spec: ModelSpec) -> None:
+        """Fetch its files beside loads; a failure is remembered, and so told to who waits for it."""
+        try:
+            self.find(spec.source).release()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what the load answers
+            self._remember(digest, spec, error)
 
     def _remembered(self, digest: str) -> FarmError | None:
         """How the last load failed, while that is not long ago."""
@@ -149,11 +177,17 @@ class Loader:
         return failed
 
 
+def terms(spec: ModelSpec) -> Terms:
+    """How long the config lets a model stay."""
+    placement = spec.placement
+    return Terms(held=placement.pinned or placement.tier == "device", idle_unload_s=placement.idle_unload_s)
+
+
 def load_error(spec: ModelSpec, error: Exception, attempts: int) -> ModelLoadError:
     """Whatever a load raised, as the one error callers know: its class, whether trying again helps, how often tried."""
     if isinstance(error, ModelLoadError):
         details = {**_why("UNKNOWN"), **error.details, "attempts": attempts}
-        return ModelLoadError(error.message, param=error.param, details=details)
+        return ModelLoadError(error.message, param=error.param, details=details, retry_after_s=error.retry_after_s)
     if devices.is_out_of_memory(error):
         details = {**_why("OOM"), "attempts": attempts}
         return ModelLoadError(f"{spec.id} cannot be loaded: the device has not the memory for it", details=details)

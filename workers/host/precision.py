@@ -23,7 +23,8 @@ CHECK_TEXTS: Final = (
     "stands at the end of its sentence, where one looks for it.",
 )
 
-
+FEW_CHECK_TEXTS: Final = CHECK_TEXTS[:4]
+"""For weights of an architecture that other weights have been tried in."""
 LONGEST_CHECK_WORDS: Final = 1024
 """A check must not take longer than the load it belongs to."""
 
@@ -50,6 +51,11 @@ def worst_cosine(left: torch.Tensor, right: torch.Tensor) -> float:
     """The smallest cosine between rows of two ``[N, D]`` matrices; -1 if any is not a number."""
     cosines = torch.nn.functional.cosine_similarity(left.double(), right.double(), dim=-1)
     return float(torch.nan_to_num(cosines, nan=-1.0).min())
+
+
+def quick(device: Device) -> str:
+    """The precision that is tried first on this device: what was found out there holds where it is the same."""
+    return candidates("auto", device)[0]
 
 
 def _has_fast_bfloat16(device: Device) -> bool:

@@ -12,6 +12,18 @@ def name_devices(device: str, gpus: int) -> tuple[str, ...]:
     return _all_gpus(max(1, gpus)) if device == "cuda" else (device,)
 
 
+def share_devices(devices: tuple[str, ...], number: int, workers: int) -> tuple[tuple[str, ...], int]:
+    """The devices of one of the workers of this machine, and how many workers share each of those.
+
+    Several GPUs are dealt out; where there are fewer of them than workers, as on CPU, workers share them.
+    """
+    place = number - 1
+    if workers <= len(devices):
+        return devices[place::workers], 1
+    mine = devices[place % len(devices)]
+    return (mine,), len(range(place % len(devices), workers, len(devices)))
+
+
 def visible_gpus(visible: str | None) -> int:
     """GPUs that NVIDIA's driver shows in ``/dev`` (not on WSL) and ``CUDA_VISIBLE_DEVICES``, given here, leaves."""
     present = len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])

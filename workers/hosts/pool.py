@@ -3,16 +3,18 @@
 Owns the hosts and what was sent to each and not yet answered. Knows nothing of requests: it is given micro-batches and
 gives results, or says which micro-batches a dying host was working on (suspects) and which it merely held (innocent).
 
-States of a host: asked for -> ready -> lost, and then another one, under a new number, takes its place. The event
-loop's thread owns everything here; the watchdog's thread kills hosts that hang.
+States of a host: asked for -> warming up (it loads what is to be there before anyone asks) -> ready [-> retiring: its
+memory has grown, and it is given nothing more] -> lost, and then another one, under a new number, takes its place. The
+event loop's thread owns everything here; the watchdog's thread kills hosts that hang.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 from common.errors import FarmError
 from common.logs import get_logger
-from config_db.spec import ModelSpec
-from workers.host.frames import Batch, Done, FromHost, Load, ModelNews, Ready
+from config_db.spec import ModelSpec, Source
+from workers.host.frames import NO_ROOM, Batch, Done, Evict, Fetch, Fetched, FromHost, Grown, Load, ModelNews, Ready
 from workers.host.stages import Stage
 from workers.hosts.checks import check_devices
 from workers.hosts.config import HostConfig
@@ -25,13 +27,25 @@ from workers.hosts.zygote import STATUS_WAIT_S, Zygote, back_off, describe_statu
 
 log = get_logger("workers")
 
+WARM_UP_LIMIT_S: Final = 120.0
+"""A host that still loads what is to be there beforehand is given work nevertheless after so long."""
+
 
 class HostPool:
-    """The model processes of one worker."""
+    """The model processes of one worker.
 
-    def __init__(self, config: HostConfig, events: HostEvents) -> None:
+    Args:
+        config: how many hosts on which devices.
+        events: who is told.
+        preloads: the models that a new host loads, and runs once, before it counts as ready.
+    """
+
+    def __init__(
+        self, config: HostConfig, events: HostEvents, preloads: Callable[[], Iterable[ModelSpec]] = tuple
+    ) -> None:
         self._config = config
         self._events = events
+        self._preloads = preloads
         self._hub: Any = None
         self._hosts: dict[int, HostState] = {}
         self._next_host = 1
@@ -65,7 +79,7 @@ class HostPool:
 
     def hosts(self) -> list[HostView]:
         """Those that are ready."""
-        return [host.view for host in self._hosts.values() if host.ready is not None and not host.link.is_closed]
+        return [host.view for host in self._hosts.values() if host.takes_work]
 
     def send(self, host: int, batch: HostBatch) -> None:
         """Give a host a micro-batch; never blocks. A host that dies meanwhile is reported as lost with it."""
@@ -76,19 +90,40 @@ class HostPool:
             self._hub.call_soon(self._refuse, target, batch.id, len(batch.parts), refusal)
             return
         target.introduce(batch.spec)
-        target.link.write(Batch(batch.id, batch.spec.digest, batch.operation, batch.adapter, batch.parts))
+        target.link.write(Batch(batch.id, batch.spec.digest, batch.operation, batch.adapters, batch.parts))
         self._watchdog.wake()
 
-    def load(self, host: int, spec: ModelSpec) -> None:
-        """Hint that this model is likely next: the host loads it beside its work, if memory allows."""
+    def load(self, host: int, spec: ModelSpec, *, warm_up: bool = False) -> bool:
+        """Hint that this model is likely next: the host loads it beside its work, if memory allows.
+
+        With ``warm_up`` it also runs once. Returns whether the host was asked.
+        """
         target = self._hosts[host]
         is_known = spec.digest in target.view.resident or spec.digest in target.view.loading
         if is_known or self._load_deaths.refusal(spec):
-            return
+            return False
         target.view.loading |= {spec.digest}
         target.introduce(spec)
-        target.link.write(Load(spec.digest))
+        target.link.write(Load(spec.digest, warm_up))
         self._watchdog.wake()
+        return True
+
+    def place(self, specs: Iterable[ModelSpec]) -> None:
+        """Tell hosts of changed placements: pins, tiers and idle times hold at once, without a load."""
+        for spec in specs:
+            for host in self._hosts.values():
+                if spec.digest in host.introduced:
+                    host.introduce(spec)
+
+    def evict(self, spec_digest: str, reason: str) -> None:
+        """Have every host that holds this model let it go: it was ``replaced`` or ``removed``."""
+        for host in self._hosts.values():
+            if spec_digest in host.view.resident:
+                host.link.write(Evict(spec_digest, reason))
+
+    def fetch(self, host: int, adapter: str, source: Source) -> None:
+        """Have a host bring an adapter's files onto this machine's disk, beside its work."""
+        self._hosts[host].link.write(Fetch(adapter, source))
 
     def stop(self, timeout_s: float) -> None:
         """End every host and the zygote; afterwards no child is left."""
@@ -105,7 +140,8 @@ class HostPool:
             self._ask_for_host()
 
     def _ask_for_host(self) -> None:
-        if not self._zygote.is_up or len(self._hosts) >= self._config.hosts:
+        staying = sum(not host.is_retiring for host in self._hosts.values())
+        if not self._zygote.is_up or staying >= self._config.hosts:
             return
         number, self._next_host = self._next_host, self._next_host + 1
         device = self._free_device()
@@ -144,19 +180,65 @@ class HostPool:
                 self._on_done(host, message)
             case ModelNews():
                 self._on_news(host, message)
+            case Fetched():
+                self._events.on_fetched(message.adapter, message.error)
             case Ready():
                 host.ready = message
                 self._early_deaths = 0
-                self._events.on_host_ready(host.view.id)
+                self._warm_up(host)
+            case Grown():
+                self._on_grown(host, message)
+
+    def _warm_up(self, host: HostState) -> None:
+        """Have the host load what is to be there before it is given work."""
+        for spec in self._preloads():
+            if self.load(host.view.id, spec, warm_up=True):
+                host.warming.add(spec.digest)
+        if host.warming:
+            self._hub.call_later(WARM_UP_LIMIT_S, self._announce, host)
+        else:
+            self._announce(host)
+
+    def _announce(self, host: HostState) -> None:
+        """It is ready. Once per host, unless it was lost meanwhile."""
+        if host.is_announced or self._hosts.get(host.view.id) is not host:
+            return
+        if host.warming:
+            log.warning("warm_up_unfinished", host=host.view.id, specs=sorted(host.warming))
+        host.is_announced = True
+        self._events.on_host_ready(host.view.id)
+
+    def _on_grown(self, host: HostState, grown: Grown) -> None:
+        """Replace a host whose memory has grown beyond what explains it, when it has answered what it has."""
+        log.warning(
+            "host_retired",
+            host=host.view.id,
+            held_bytes=grown.held_bytes,
+            explained_bytes=grown.explained_bytes,
+            bound_bytes=grown.bound_bytes,
+        )
+        host.killed_for = f"its memory grew by more than {grown.bound_bytes:,} bytes that nothing explains"
+        host.is_retiring = True
+        if host.device == "cpu":  # two hosts at once would want the memory of a GPU twice
+            self._ask_for_host()
+        self._end_retired(host)
+
+    def _end_retired(self, host: HostState) -> None:
+        if host.is_retiring and not host.outstanding:
+            host.link.close()
 
     def _on_done(self, host: HostState, done: Done) -> None:
         host.settle(done.batch)
         results = [PartResult(answer.result, answer.tokens, answer.error) for answer in done.answers]
         timing = BatchTiming(done.tokenization_ms, done.inference_ms, done.postprocessing_ms, done.load_s, done.tokens)
         self._events.on_batch_done(host.view.id, done.batch, results, timing)
+        self._end_retired(host)
 
     def _on_news(self, host: HostState, news: ModelNews) -> None:
         view = host.view
+        if news.event.startswith("adapter_"):
+            self._events.on_model(view.id, news.spec, news.event, news.detail)
+            return
         if news.event == "loading":
             view.loading |= {news.spec}
             return
@@ -167,8 +249,13 @@ class HostPool:
             self._load_deaths.forget(news.spec)
         elif news.event == "evicted":
             view.resident.pop(news.spec, None)
-        if news.event != "skipped":
+            view.evictions.append({"spec": news.spec, **news.detail})
+        if news.event not in ("skipped", "warm") or news.detail.get("why") == NO_ROOM:
             self._events.on_model(view.id, news.spec, news.event, news.detail)
+        if news.event in ("warm", "load_failed", "skipped") and news.spec in host.warming:
+            host.warming.discard(news.spec)
+            if not host.warming:
+                self._announce(host)
 
     def _refuse(self, host: HostState, batch: int, parts: int, refusal: FarmError) -> None:
         if self._hosts.get(host.view.id) is not host:

@@ -1,20 +1,26 @@
 """What the pool is given, what it tells, and what it shows: all that the rest of the worker knows of hosts."""
 
+from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from config_db.spec import ModelSpec
 from tasks.names import Operation
 
+KEPT_EVICTIONS: Final = 32
+
 
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """One micro-batch: parts are Celery bodies. It is cut when one of its stages lasts over ``hang_s``."""
+    """One micro-batch: parts are Celery bodies, ``adapters`` the digests of theirs; None if no part has one.
+
+    It is cut when one of its stages lasts over ``hang_s``.
+    """
 
     id: int
     spec: ModelSpec
     operation: Operation
-    adapter: str | None
+    adapters: tuple[str | None, ...] | None
     parts: tuple[bytes, ...]
     hang_s: float
 
@@ -41,12 +47,16 @@ class BatchTiming:
 
 @dataclass(slots=True)
 class HostView:
-    """What the worker knows of a host: a mirror, kept by the pool. ``resident`` maps spec digests to bytes."""
+    """What the worker knows of a host: a mirror, kept by the pool.
+
+    ``resident`` maps spec digests to bytes; ``evictions`` are the last ones, each with its reason.
+    """
 
     id: int
     outstanding: int = 0
     resident: dict[str, int] = field(default_factory=dict)
     loading: frozenset[str] = frozenset()
+    evictions: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_EVICTIONS))
 
 
 class HostEvents(Protocol):
@@ -62,4 +72,10 @@ class HostEvents(Protocol):
         """It died; suspects are the micro-batches it was working on. A replacement is on its way."""
 
     def on_model(self, host: int, spec_digest: str, event: str, detail: dict[str, Any]) -> None:
-        """Residency changed: ``loaded``, ``load_failed`` or ``evicted``."""
+        """Residency changed: ``loaded``, ``load_failed``, ``evicted``, or ``skipped`` for want of room.
+
+        Of an adapter, with ``adapter_`` before it.
+        """
+
+    def on_fetched(self, adapter: str, error: dict[str, Any] | None) -> None:
+        """The files of the adapter of this digest are on this machine's disk, or why they are not."""

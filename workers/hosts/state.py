@@ -14,8 +14,9 @@ from workers.hosts.protocol import HostView
 class HostState:
     """Written by the event loop's thread; the watchdog's thread reads it and notes for what it has killed.
 
-    ``ready`` is what the host said of itself when it could be given work; ``outstanding`` maps the micro-batches it
-    has to their ``hang_s``; ``status`` is how it ended, as the zygote says.
+    ``ready`` is what the host said of itself at its start; ``warming`` are the specs it loads before it is announced;
+    ``outstanding`` maps the micro-batches it has to their ``hang_s``; ``introduced`` are specs as it knows them;
+    ``status`` is how it ended, as the zygote says.
     """
 
     view: HostView
@@ -25,7 +26,11 @@ class HostState:
     asked_at: float = field(default_factory=monotonic)
     ready: Ready | None = None
     outstanding: dict[int, float] = field(default_factory=dict)
+    introduced: dict[str, ModelSpec] = field(default_factory=dict)
     spec_numbers: dict[str, int] = field(default_factory=dict)
+    warming: set[str] = field(default_factory=set)
+    is_announced: bool = False
+    is_retiring: bool = False
     status: int | None = None
     killed_for: str | None = None
 
@@ -40,10 +45,18 @@ class HostState:
         self.view.outstanding = len(self.outstanding)
 
     def introduce(self, spec: ModelSpec) -> None:
-        """Send each spec once; afterwards its digest is enough."""
-        if spec.digest not in self.spec_numbers:
-            number = self.spec_numbers[spec.digest] = len(self.spec_numbers) + 1
-            self.link.write(Introduce(spec.digest, number, spec))
+        """Send each spec once; afterwards its digest is enough, until what the digest leaves out changes."""
+        known = self.introduced.get(spec.digest)
+        if known is spec or (known is not None and known.placement == spec.placement):
+            return
+        number = self.spec_numbers.setdefault(spec.digest, len(self.spec_numbers) + 1)
+        self.introduced[spec.digest] = spec
+        self.link.write(Introduce(spec.digest, number, spec))
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether it may be given micro-batches."""
+        return self.is_announced and not self.is_retiring and not self.link.is_closed
 
     def spec_of(self, number: int) -> str:
         """The digest of the spec that the board names by this number."""

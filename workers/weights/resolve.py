@@ -1,117 +1,331 @@
-"""Finds the directory that holds a model's files: a local one, the Hub cache on disk, or the Hugging Face Hub.
+"""Finds the directory that holds a model's files: a local one, this machine's store, the Hub cache, a bucket, the Hub.
 
-The tiers are tried in this order, and an error names those that were. What comes from the Hub is pinned to its
-revision, holds safetensors only, and is shared by all processes of a machine: huggingface_hub locks and renames, so
-that a partial file is never used. No torch.
+The tiers are tried in this order, and an error names those that were. What is fetched is pinned to its commit, holds
+safetensors only, is verified by digest and published whole; one process of a machine fetches it, and of a cluster that
+has a bucket, one worker. No torch; boto3 and huggingface_hub are imported by those who need them.
 """
 
 from collections.abc import Sequence
-from errno import EACCES, EDQUOT, ENOSPC, EROFS
+from functools import cache
 from pathlib import Path
-from typing import Final
+from threading import Event, Lock
+from time import monotonic
+from typing import TYPE_CHECKING, Final
 
 from common.errors import ModelLoadError
+from common.logs import get_logger
 from config_db.spec import Source
+from workers.weights import parts
+from workers.weights.bring import Bringer, Search, Target
+from workers.weights.failures import DamagedError, PassingError, failure, said, storage_failure, tried
+from workers.weights.hub import Hub, Listing
+from workers.weights.hub_cache import cached, default_directory
+from workers.weights.leases import Files
+from workers.weights.manifest import COMMIT
+from workers.weights.parts import OnProgress
+from workers.weights.setup import WeightsSetup
+from workers.weights.store import FILES, MANIFEST, Store, bucket_place, hub_place
 
-WANTED_FILES: Final = ("*.json", "*.safetensors", "*.txt", "*.model", "*/config.json", "*/*.safetensors")
-"""Weights in other formats can run code when they are read, so they are not even fetched."""
-HUB_TIMEOUT_S: Final = 10.0
+if TYPE_CHECKING:
+    from workers.weights.bucket import Bucket
+    from workers.weights.cluster_lease import ClusterLease
+    from workers.weights.write_back import WriteBacks
+
+log = get_logger("host")
+
+DISK: Final = "this worker's disk"
+LATER: Final = "try again later, or fetch it with `farmhand models prefetch`"
+POLL_S: Final = 1.0
+"""How often one who waits for another worker's fetch looks into the bucket."""
+BUCKET_USELESS: Final = ("NETWORK", "GATED", "NOT_FOUND")
+"""Classes of errors of the bucket with which the Hub is asked instead; others are this machine's."""
+AWAY_S: Final = 30.0
+"""A bucket that did not answer is not asked again for so long."""
 
 
-def resolve(
-    source: Source, *, allowed_roots: Sequence[Path], cache_dir: Path | None, hub_timeout_s: float = HUB_TIMEOUT_S
-) -> Path:
-    """The directory of a model's files.
-
-    Args:
-        source: a path under one of the roots, or a Hub repository at a revision.
-        allowed_roots: the only places local models may lie in.
-        cache_dir: where Hub downloads are kept; None: where huggingface_hub keeps them.
-        hub_timeout_s: how long the Hub may take to say that it has the repository.
+def resolve(source: Source, setup: WeightsSetup, *, on_progress: OnProgress | None = None) -> Files:
+    """The folder of a model's files, leased: to be used as a block, or kept for what maps the files.
 
     Raises:
-        ModelLoadError: no tier has it; ``error_class`` says why.
+        ModelLoadError: no tier has it; ``details`` say the class, whether trying again helps, the remedy and the tiers.
     """
     if source.path is not None:
-        return _local(Path(source.path), allowed_roots)
-    if source.hub is None:
-        raise _failure("its source names neither a path nor a Hub repository", "CONFIG", permanent=True)
-    return _cached(source, cache_dir) or _download(source, source.hub, cache_dir, hub_timeout_s)
+        return Files(_local(Path(source.path), setup.model_dirs))
+    if source.hub is None and source.bucket is None:
+        raise failure("its source names neither a path nor a Hub repository nor a bucket", "CONFIG", permanent=True)
+    tiers = tiers_of(setup)
+    try:
+        return tiers.from_bucket(source.bucket, on_progress) if source.bucket else tiers.from_hub(source, on_progress)
+    except OSError as error:
+        raise tried(storage_failure(error, tiers.store.directory), [DISK]) from error
 
 
-def _local(path: Path, allowed_roots: Sequence[Path]) -> Path:
+def is_here(source: Source, setup: WeightsSetup) -> bool:
+    """Whether this machine has the files, or never will: whether finding them takes no time."""
+    if source.path is not None or (source.hub is None and source.bucket is None):
+        return True
+    try:
+        return tiers_of(setup).is_here(source)
+    except OSError:
+        return True  # finding them will say what is wrong with the disk
+
+
+@cache
+def tiers_of(setup: WeightsSetup) -> "Tiers":
+    """The tiers of this process."""
+    return Tiers(setup)
+
+
+class Tiers:
+    """Store, bucket and Hub of one process, for its threads. Owns the clients and whether the bucket is away."""
+
+    def __init__(self, setup: WeightsSetup) -> None:
+        self._setup = setup
+        directory = Path(setup.directory) if setup.directory else default_directory(setup.hub_cache)
+        self.store = Store(directory, fill=setup.fill, max_bytes=setup.max_bytes)
+        self._bringer = Bringer(self.store, setup)
+        self._buckets: dict[str, Bucket] = {}
+        self._write_backs: WriteBacks | None = None
+        self._bucket_away_until = 0.0
+        self._lock = Lock()
+
+    # -- a repository of the Hub -------------------------------------------------------------------------------------
+
+    def from_hub(self, source: Source, on_progress: OnProgress | None) -> Files:
+        """A repository at a revision, from the nearest tier that has it."""
+        repository, revision = str(source.hub), source.revision or "main"
+        here = self._stored(repository, revision) or cached(repository, revision, self._setup.hub_cache)
+        if here is not None:
+            return here
+        search = Search(monotonic() + self._setup.timeout_s, on_progress, [DISK, "the Hub cache"])
+        try:
+            with self.store.fetching(repository, deadline=search.deadline):
+                return self._stored(repository, revision) or self._fetch(repository, revision, search)
+        except TimeoutError as error:
+            raise tried(_other_fetches(repository), search.tiers) from error
+        except ModelLoadError as error:
+            raise tried(error, search.tiers) from error
+
+    def is_here(self, source: Source) -> bool:
+        """Whether the store or the Hub cache has it, as far as is seen without a lease."""
+        if source.bucket is not None:
+            return self.store.has(bucket_place(source.bucket))
+        repository, revision = str(source.hub), source.revision or "main"
+        commit = revision if COMMIT.fullmatch(revision) else self.store.ref(repository, revision)
+        is_stored = commit is not None and self.store.has(hub_place(repository, commit))
+        return is_stored or cached(repository, revision, self._setup.hub_cache) is not None
+
+    def _stored(self, repository: str, revision: str) -> Files | None:
+        commit = revision if COMMIT.fullmatch(revision) else self.store.ref(repository, revision)
+        files = self.store.find(hub_place(repository, commit)) if commit else None
+        if files is not None and commit and self._setup.bucket:
+            self._written_back_by().begin_owed(hub_place(repository, commit), _folder(repository, commit))
+        return files
+
+    def _fetch(self, repository: str, revision: str, search: Search) -> Files:
+        """From the bucket if it has it, else from the Hub. By the one process of this machine that fetches it."""
+        hub = Hub(repository, revision, silence_s=self._setup.silence_s)
+        listing = None if COMMIT.fullmatch(revision) else self._listing(hub, search)
+        commit = listing.commit if listing else revision
+        if listing:
+            self.store.set_ref(repository, revision, commit)
+            here = self.store.find(hub_place(repository, commit))
+            if here is not None:
+                return here
+        search.owed = self._setup.bucket is not None
+        bucket = self._own_bucket(search)
+        if bucket is None:
+            return self._from_the_hub(hub, listing, repository, search)
+        turn = self._turn(bucket, repository, commit, search)
+        if isinstance(turn, Files):
+            return turn
+        return self._from_the_hub_for_all(hub, listing, repository, search, turn)
+
+    def _from_the_hub(self, hub: Hub, listing: Listing | None, repository: str, search: Search) -> Files:
+        listing = listing or self._listing(hub, search)
+        target = Target(hub_place(repository, listing.commit), f"hub:{repository}@{listing.commit}", repository)
+        search.note(hub.name)
+        return self._bringer.bring_or_refuse(target, hub, listing.files, search)
+
+    def _from_the_hub_for_all(
+        self, hub: Hub, listing: Listing | None, repository: str, search: Search, lease: "ClusterLease | None"
+    ) -> Files:
+        """From the Hub, and then to the bucket in a thread, which releases the lease."""
+        try:
+            files = self._from_the_hub(hub, listing, repository, search)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        commit = files.path.parent.name
+        self._written_back_by().begin(hub_place(repository, commit), _folder(repository, commit), lease)
+        return files
+
+    def _listing(self, hub: Hub, search: Search) -> Listing:
+        """What the Hub has; where it asks for patience, asked again within the deadline."""
+        search.note(hub.name)
+        while True:
+            try:
+                return hub.listing()
+            except PassingError as error:
+                if error.wait_s is None or monotonic() + error.wait_s > search.deadline:
+                    raise parts.refusal(hub.name, error, what="its list of files") from error
+                Event().wait(error.wait_s)
+
+    # -- the farm's bucket -------------------------------------------------------------------------------------------
+
+    def _own_bucket(self, search: Search) -> "Bucket | None":
+        """The bucket between this machine and the Hub, if there is one and it answered lately."""
+        if self._setup.bucket is None:
+            return None
+        if monotonic() < self._bucket_away_until:
+            search.note(f"the bucket {self._setup.bucket} (it did not answer a moment ago)")
+            return None
+        bucket = self._bucket(self._setup.bucket)
+        search.note(bucket.name)
+        return bucket
+
+    def _turn(self, bucket: "Bucket", repository: str, commit: str, search: Search) -> "Files | ClusterLease | None":
+        """The files, as soon as the bucket has them; or the right to fetch them for all; None: it is of no use now."""
+        from workers.weights.cluster_lease import ClusterLease
+
+        folder = _folder(repository, commit)
+        try:
+            while monotonic() < search.deadline:
+                files = self._from_own_bucket(bucket, repository, commit, search)
+                if files is not None:
+                    return files
+                lease = ClusterLease(bucket, f"{folder}lease", life_s=self._setup.lease_s)
+                if lease.acquire():
+                    if bucket.get(f"{folder}{MANIFEST}") is None:
+                        return lease
+                    lease.release()  # whoever held it before finished in between
+                else:
+                    Event().wait(POLL_S)
+        except (PassingError, ModelLoadError) as error:
+            if isinstance(error, ModelLoadError) and error.details["error_class"] not in BUCKET_USELESS:
+                raise
+            self._do_without(bucket, error, search)
+            return None
+        raise failure(
+            f"another worker was still fetching {repository} for the bucket", "TIMEOUT", permanent=False, remedy=LATER
+        )
+
+    def _from_own_bucket(self, bucket: "Bucket", repository: str, commit: str, search: Search) -> Files | None:
+        folder, place = _folder(repository, commit), hub_place(repository, commit)
+        try:
+            manifest = bucket.manifest(folder)
+            if manifest is None:
+                return None
+            target = Target(place, manifest.source, repository)
+            return self._bringer.bring(target, bucket.folder(f"{folder}{FILES}/"), manifest.files, search)
+        except DamagedError as error:
+            log.warning("weights_damaged_in_bucket", place=place, error=str(error))
+            bucket.delete(f"{folder}{MANIFEST}")
+            return None
+
+    def _do_without(self, bucket: "Bucket", error: Exception, search: Search) -> None:
+        log.warning("weights_bucket_away", bucket=bucket.uri, error=said(error), again_in_s=AWAY_S)
+        search.note(f"{bucket.name} ({said(error)})")
+        self._bucket_away_until = monotonic() + AWAY_S
+
+    # -- a bucket's folder as a source -------------------------------------------------------------------------------
+
+    def from_bucket(self, uri: str, on_progress: OnProgress | None) -> Files:
+        """The files under an allowed ``s3://`` URI."""
+        place = bucket_place(uri)
+        self._check_allowed(uri)
+        here = self.store.find(place)
+        if here is not None:
+            return here
+        search = Search(monotonic() + self._setup.timeout_s, on_progress, [DISK])
+        try:
+            with self.store.fetching(place, deadline=search.deadline):
+                return self.store.find(place) or self._fetch_folder(uri, place, search)
+        except TimeoutError as error:
+            raise tried(_other_fetches(uri), search.tiers) from error
+        except ModelLoadError as error:
+            raise tried(error, search.tiers) from error
+
+    def _fetch_folder(self, uri: str, place: str, search: Search) -> Files:
+        bucket = self._bucket(uri.rstrip("/"))
+        search.note(bucket.name)
+        try:
+            manifest = bucket.manifest("")
+            if manifest is not None:
+                files, remote = manifest.files, bucket.folder(f"{FILES}/")
+            else:
+                files, remote = bucket.listing(), bucket.folder("")
+        except PassingError as error:
+            raise parts.refusal(bucket.name, error, what="its list of files") from error
+        except DamagedError as error:
+            raise failure(
+                f"{uri}: {error}", "CONFIG", permanent=True, remedy="write the folder anew, or delete its manifest"
+            ) from error
+        return self._bringer.bring_or_refuse(Target(place, uri, place), remote, files, search)
+
+    def _check_allowed(self, uri: str) -> None:
+        allowed = [one for one in (self._setup.bucket, *self._setup.bucket_sources) if one]
+        if not any(uri == one or uri.startswith(f"{one.rstrip('/')}/") for one in allowed):
+            raise failure(
+                f"{uri} lies in no bucket that models may come from",
+                "CONFIG",
+                permanent=True,
+                remedy="name it in FARMHAND_BUCKET_SOURCES",
+            )
+
+    # -- clients -----------------------------------------------------------------------------------------------------
+
+    def _bucket(self, uri: str) -> "Bucket":
+        from workers.weights.bucket import Bucket
+
+        with self._lock:
+            if uri not in self._buckets:
+                self._buckets[uri] = Bucket(
+                    uri,
+                    endpoint=self._setup.bucket_endpoint,
+                    silence_s=self._setup.silence_s,
+                    connections=self._setup.connections,
+                )
+            return self._buckets[uri]
+
+    def _written_back_by(self) -> "WriteBacks":
+        from workers.weights.write_back import WriteBacks
+
+        bucket = self._bucket(str(self._setup.bucket))
+        with self._lock:
+            self._write_backs = self._write_backs or WriteBacks(self.store, bucket, lease_s=self._setup.lease_s)
+            return self._write_backs
+
+    def wait_written_back(self) -> None:
+        """Until the bucket has what this process owes it, or could not be given it."""
+        if self._write_backs is not None:
+            self._write_backs.wait()
+
+
+def _local(path: Path, roots: Sequence[str]) -> Path:
     """A local directory; links are followed before the roots are compared."""
     place = path.resolve()
-    if not any(place.is_relative_to(root.resolve()) for root in allowed_roots):
-        raise _failure(f"{path} lies under none of the allowed model directories", "CONFIG", permanent=True)
+    if not any(place.is_relative_to(Path(root).resolve()) for root in roots):
+        raise failure(
+            f"{path} lies under none of the allowed model directories",
+            "CONFIG",
+            permanent=True,
+            remedy="name its root in FARMHAND_MODEL_DIRS",
+        )
     if not place.is_dir():
-        raise _failure(f"there is no directory {path} on this worker", "NOT_FOUND", permanent=True)
+        raise failure(
+            f"there is no directory {path} on this worker", "NOT_FOUND", permanent=True, remedy="put it there"
+        )
     return place
 
 
-def _cached(source: Source, cache_dir: Path | None) -> Path | None:
-    """The repository in the Hub cache on disk, if all of it is there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        found = snapshot_download(
-            str(source.hub),
-            revision=source.revision,
-            cache_dir=cache_dir,
-            allow_patterns=list(WANTED_FILES),
-            local_files_only=True,
-        )
-    except (LocalEntryNotFoundError, FileNotFoundError):
-        return None
-    whole = Path(found)
-    return whole if (whole / "config.json").exists() and any(whole.rglob("*.safetensors")) else None
+def _folder(repository: str, commit: str) -> str:
+    """Where a repository's commit lies in the farm's bucket."""
+    return f"hub/{repository}/{commit}/"
 
 
-def _download(source: Source, repository: str, cache_dir: Path | None, timeout_s: float) -> Path:
-    """Fetch the repository; whoever comes first does, the others wait for it."""
-    from httpx import HTTPError
-    from huggingface_hub import HfApi, errors, snapshot_download
-
-    revision = source.revision or "main"
-    at = f"{repository}@{revision}"
-    tried = f"it is not in the Hub cache on this worker's disk, and the Hub ({_endpoint()})"
-    try:
-        # One plain question first: a download of a pinned revision asks at once with retries, 83 s of them if need be.
-        HfApi().model_info(repository, revision=revision, timeout=timeout_s)
-        found = snapshot_download(
-            repository,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=list(WANTED_FILES),
-            etag_timeout=timeout_s,
-        )
-    except errors.GatedRepoError as error:
-        raise _failure(f"{at}: {tried} wants a token with its licence accepted", "GATED", permanent=True) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise _failure(f"{at}: {tried} knows no such repository or revision", "NOT_FOUND", permanent=True) from error
-    except errors.HFValidationError as error:
-        raise _failure(f"{at}: no repository can have this name", "CONFIG", permanent=True) from error
-    except OSError as error:
-        kind = "STORAGE" if error.errno in (ENOSPC, EDQUOT, EROFS, EACCES) else "NETWORK"
-        raise _failure(f"{at}: {tried} does not give it: {_first_line(error)}", kind, permanent=False) from error
-    except (HTTPError, ValueError) as error:  # httpx's own: a time-out, a connection that broke off
-        raise _failure(f"{at}: {tried} does not give it: {_first_line(error)}", "NETWORK", permanent=False) from error
-    return Path(found)
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.ENDPOINT)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
-
-
-def _failure(why: str, error_class: str, *, permanent: bool) -> ModelLoadError:
-    return ModelLoadError(
-        f"the model cannot be loaded: {why}", details={"error_class": error_class, "permanent": permanent}
+def _other_fetches(what: str) -> ModelLoadError:
+    return failure(
+        f"another process of this machine was still fetching {what}", "TIMEOUT", permanent=False, remedy=LATER
     )

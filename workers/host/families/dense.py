@@ -8,30 +8,37 @@ skeleton of the module, so that a model that was evicted comes back in milliseco
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import __version__ as transformers_version
 
 from common.errors import FarmError, InferenceError, RequestError
 from common.logs import get_logger
 from config_db.spec import ModelSpec
 from tasks.messages import Request
 from workers.host import devices, precision
+from workers.host.copies import Copies
 from workers.host.encoder import (
     Encoder,
     Layout,
     Skeletons,
     attention_window,
+    blank_module,
     cast,
     encoder,
     hang_in,
+    has_own_buffers,
     layouts,
     load_module,
     plain_layout,
@@ -41,11 +48,18 @@ from workers.host.families import results
 from workers.host.families.dense_folder import POOLINGS, Folder, read_folder, refusal
 from workers.host.families.dense_prompts import wording
 from workers.host.families.protocol import Device
+from workers.host.families.shared_tokenizers import SharedTokenizers
+from workers.host.families.text_folder import content_key, longest_text
+from workers.host.flat import FlatWeights
 from workers.host.packing import Pass, plan
+
+if TYPE_CHECKING:
+    from workers.host.rack import Rack
 
 log = get_logger("host")
 
 KEPT_FOLDERS: Final = 256
+_NOT_SHAPE: Final = frozenset(("_name_or_path", "transformers_version", "torch_dtype", "dtype"))
 EQUAL: Final = 0.9999
 """Cosine between a packed and a padded run that says they compute the same thing."""
 CPU_PASS_TOKENS: Final = 1024
@@ -60,7 +74,7 @@ LINEAR_ACTIVATIONS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class Verdict:
     """What the first load of a folder found out."""
 
     layout: Layout
@@ -75,7 +89,7 @@ class _Kept:
 
     folder: Folder
     tokenizer: Tokenizer
-    verdict: _Verdict | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +133,7 @@ class DenseModel:
         self._head = head
         self._pass_tokens = pass_tokens
         self._skeletons = skeletons
+        self._closing = Lock()
         self._architecture = kept.verdict.architecture if kept.verdict else ""
         self.bytes = runner.bytes + sum(one.numel() * one.element_size() for one in head.parameters())
 
@@ -171,13 +186,39 @@ class DenseModel:
                 continue
             wanted = part.request.options.get("normalize")
             rows = unit if (self._folder.normalize if wanted is None else wanted) else plain
-            dtype = _output_dtype(part.request)
-            answers.append(results.dense_items(part.request.items, rows[part.rows], dtype))
+            found = _cut(rows[part.rows], part.request.options.get("dimensions"), is_unit=rows is unit)
+            answers.append(results.dense_items(part.request.items, found, _output_dtype(part.request)))
         return answers
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether its weights are in host memory."""
+        return self._encoder is not None and self._encoder.device == "cpu"
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Its parameters as they run, by name."""
+        return dict(self._encoder.module.named_parameters(remove_duplicate=False))
+
+    def adopt(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Use the same numbers from elsewhere, also while it runs: each tensor is exchanged by one store."""
+        with self._closing:
+            if self._encoder is not None:
+                hang_in(self._encoder.module, weights)
+
+    @cached_property
+    def rack(self) -> "Rack":
+        """What its adapters hang on; peft is imported with the first."""
+        from workers.host.families.dense_adapted import AdaptedDense
+        from workers.host.rack import Rack
+
+        return Rack(self._encoder.module, partial(AdaptedDense, self), mixes=True)
 
     def close(self) -> None:
         """Let the weights go and keep the skeleton."""
-        module, self._encoder = self._encoder.module, None  # type: ignore[assignment]  # a closed model runs no more
+        if "rack" in self.__dict__:
+            self.rack.close()
+        with self._closing:
+            module, self._encoder = self._encoder.module, None  # type: ignore[assignment]  # it runs no more
         self._skeletons.give_back(self._architecture, module)
 
     def _read(self, request: Request, texts: list[str]) -> _Texts:
@@ -221,62 +262,129 @@ class DenseModel:
         return found
 
 
+def _cut(rows: npt.NDArray[np.float32], width: Any, *, is_unit: bool) -> npt.NDArray[np.float32]:
+    """Rows cut to their first numbers, as Matryoshka models are trained to be; of length one again if they were."""
+    if not isinstance(width, int) or width >= rows.shape[1]:
+        return rows
+    cut = rows[:, :width]
+    if not is_unit:
+        return cut
+    lengths: npt.NDArray[np.float32] = np.linalg.norm(cut, axis=1, keepdims=True)
+    return np.asarray(cut / np.maximum(lengths, np.float32(1e-12)), dtype=np.float32)
+
+
 class DenseFamily:
     """Loads dense encoders, and remembers of each folder what it costs time to find out."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
         self._skeletons = Skeletons()
+        self._layouts: dict[str, Layout] = {}
+        self._tokenizers = SharedTokenizers()
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
-        """The size of the weight files, halved where the model is known to run in half precision."""
+        """The size of the weight files, halved where the model runs in half precision, as far as is known."""
         folder = read_folder(files, spec)
         size = sum(path.stat().st_size for path in folder.transformer.glob("*.safetensors"))
-        kept = self._kept.get(_key(spec, files))
-        halved = spec.precision in ("bfloat16", "float16") or (
-            kept is not None and kept.verdict is not None and kept.verdict.precision != "float32"
-        )
-        return size // 2 if halved else size
+        kept = self._kept.get(content_key(spec, files))
+        if kept is not None and kept.verdict is not None:
+            found = kept.verdict.precision
+        else:
+            found = precision.quick(Device()) if spec.precision == "auto" else spec.precision
+        return size // 2 if found != "float32" else size
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> DenseModel:
         """Load the model of a folder; the first time also find out how it runs best."""
-        kept = self._recall(spec, files)
-        head = _head(kept.folder)
+        key = content_key(spec, files)
+        kept = self._recall(key, spec, files)
+        name = _copy_name(key, device)
+        flat = self._flat(name, kept, device, keep=spec.placement.tier == "memory")
+        module = self._revive(kept, flat) if kept.verdict is not None else self._judge_alike(spec, kept, device)
+        is_kept = flat is not None and module is not None
+        module = module if module is not None else self._judge(spec, kept, device)
+        assert kept.verdict is not None  # one of the three has found it
+        self._layouts.setdefault(kept.verdict.architecture, kept.verdict.layout)
+        model = self._model(spec, kept, device, encoder(module, kept.verdict.layout, device.name))
+        if device.copies is not None and not is_kept:
+            self._keep(device.copies, name, kept.verdict, model)
+        return model
+
+    def _model(self, spec: ModelSpec, kept: _Kept, device: Device, runner: Encoder) -> DenseModel:
+        head = _head(kept.folder).to(device.name)
         most = min(device.pass_tokens, CPU_PASS_TOKENS) if device.kind == "cpu" else device.pass_tokens
         budget = min(spec.limits.max_batch_tokens or most, most)
+        return DenseModel(spec, kept, runner, head, pass_tokens=budget, skeletons=self._skeletons)
 
-        def model(runner: Encoder) -> DenseModel:
-            return DenseModel(spec, kept, runner, head.to(device.name), pass_tokens=budget, skeletons=self._skeletons)
-
-        module = self._revive(kept) if kept.verdict is not None else None
-        if module is not None and kept.verdict is not None:
-            return model(encoder(module, kept.verdict.layout, device.name))
-        module = load_module(kept.folder.transformer)
-        kept.verdict = _Trial(spec, kept, device, model).judge(module)
-        dtype = precision.DTYPES[kept.verdict.precision]
-        return model(encoder(cast(module, dtype), kept.verdict.layout, device.name))
-
-    def _recall(self, spec: ModelSpec, files: Path) -> _Kept:
-        key = _key(spec, files)
+    def _recall(self, key: tuple[str, str], spec: ModelSpec, files: Path) -> _Kept:
         kept = self._kept.get(key)
         if kept is None:
             folder = read_folder(files, spec)
-            kept = self._kept[key] = _Kept(folder, _tokenizer(folder))
+            longest = longest_text(folder.transformer, folder.max_length)
+            kept = self._kept[key] = _Kept(folder, self._tokenizers.of(folder.transformer, longest))
         self._kept.move_to_end(key)
         if len(self._kept) > KEPT_FOLDERS:
             self._kept.popitem(last=False)
         return kept
 
-    def _revive(self, kept: _Kept) -> torch.nn.Module | None:
-        """Hang the mapped weights into a kept skeleton; None where there is none or they do not fit."""
-        assert kept.verdict is not None  # the caller has looked
-        module = self._skeletons.take(kept.verdict.architecture)
-        if module is None:
+    def _flat(self, name: str, kept: _Kept, device: Device, *, keep: bool) -> FlatWeights | None:
+        """The copy that was kept, on the device, and with it what was found out when it was made."""
+        copies, host_memory = device.copies, device.host_memory
+        if copies is None:
             return None
-        dtype = precision.DTYPES[kept.verdict.precision]
+        if host_memory is None:
+            found = copies.find(name)
+        else:
+            found = host_memory.bring(name, lambda: _page_locked(copies.find(name)), keep=keep)
+        if found is None:
+            return None
+        kept.verdict = kept.verdict or msgspec.json.decode(found.note, type=Verdict)
+        return found if device.kind == "cpu" else found.on(device.name)
+
+    def _revive(self, kept: _Kept, flat: FlatWeights | None) -> torch.nn.Module | None:
+        """Hang kept or mapped weights into a skeleton; None where they do not fit."""
+        assert kept.verdict is not None  # the caller has looked
+        if not kept.verdict.architecture:
+            return None
+        module = self._skeletons.take(kept.verdict.architecture) or blank_module(kept.folder.transformer)
+        if flat is not None and flat.bytes:
+            return module if hang_in(module, flat.tensors()) else None
         weights = read_weights(kept.folder.transformer, kept.verdict.prefix)
-        weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-        return module if hang_in(module, weights) else None
+        return module if hang_in(module, _in(precision.DTYPES[kept.verdict.precision], weights)) else None
+
+    def _judge_alike(self, spec: ModelSpec, kept: _Kept, device: Device) -> torch.nn.Module | None:
+        """Judge a folder whose architecture was judged with other weights: only the precision depends on those."""
+        architecture = _architecture(kept.folder)
+        layout = self._layouts.get(architecture)
+        module = self._skeletons.take(architecture) if layout is not None else None
+        if layout is None or module is None:
+            return None
+        prefix = str(getattr(module, "base_model_prefix", ""))
+        if not hang_in(module, _in(torch.float32, read_weights(kept.folder.transformer, prefix))):
+            return None
+        trial = _Trial(spec, kept, device, lambda runner: self._model(spec, kept, device, runner))
+        chosen = trial.precision_in(module, layout)
+        kept.verdict = Verdict(layout, chosen, architecture, prefix)
+        return cast(module, precision.DTYPES[chosen])
+
+    def _judge(self, spec: ModelSpec, kept: _Kept, device: Device) -> torch.nn.Module:
+        """Load through transformers and find out everything."""
+        module = load_module(kept.folder.transformer)
+        trial = _Trial(spec, kept, device, lambda runner: self._model(spec, kept, device, runner))
+        kept.verdict = trial.judge(module)
+        cast(module, precision.DTYPES[kept.verdict.precision])
+        self._skeletons.learn(kept.verdict.architecture, module)
+        return module
+
+    def _keep(self, copies: Copies, name: str, verdict: Verdict, model: DenseModel) -> None:
+        """Keep what was found out, and the weights where they were converted; the model then uses the mapped ones."""
+        tensors = model.weights() if verdict.precision != "float32" else {}
+
+        def adopt() -> None:
+            found = copies.find(name) if tensors and model.is_on_cpu else None
+            if found is not None:
+                model.adopt(found.tensors())
+
+        copies.keep_soon(name, tensors, msgspec.json.encode(verdict).decode(), adopt)
 
 
 class _Trial:
@@ -289,10 +397,15 @@ class _Trial:
         self._model = model
         self._ids: list[list[int]] = []
 
-    def judge(self, module: torch.nn.Module) -> _Verdict:
+    def precision_in(self, module: torch.nn.Module, layout: Layout) -> str:
+        """The quickest precision whose vectors are those of a float32 run, in a layout known to be right."""
+        self._tokenise(precision.FEW_CHECK_TEXTS)
+        wanted = precision.candidates(self._spec.precision, self._device)
+        return wanted[0] if len(wanted) == 1 else self._precision(module, layout, self._vectors(module, layout))
+
+    def judge(self, module: torch.nn.Module) -> Verdict:
         """The quickest layout and precision whose vectors are those of the plain run."""
-        texts = precision.check_texts(attention_window(module))
-        self._ids = [encoding.ids for encoding in self._kept.tokenizer.encode_batch_fast(texts)]
+        self._tokenise(precision.check_texts(attention_window(module)))
         padded = plain_layout(module)
         plain = self._vectors(module, padded)
         found = self._packed(module, plain) or padded
@@ -305,7 +418,11 @@ class _Trial:
             precision=chosen,
         )
         prefix = str(getattr(module, "base_model_prefix", ""))
-        return _Verdict(found, chosen, _architecture(module, chosen), prefix)
+        architecture = "" if has_own_buffers(module) else _architecture(self._kept.folder)
+        return Verdict(found, chosen, architecture, prefix)
+
+    def _tokenise(self, texts: Sequence[str]) -> None:
+        self._ids = [encoding.ids for encoding in self._kept.tokenizer.encode_batch_fast(list(texts))]
 
     def _packed(self, module: torch.nn.Module, plain: torch.Tensor) -> Layout | None:
         """The packed layout that computes what the plain run does, if there is one."""
@@ -350,53 +467,28 @@ def _restore_float32(module: torch.nn.Module, folder: Folder) -> None:
     module.load_state_dict(weights, strict=False)
 
 
-def _key(spec: ModelSpec, files: Path) -> tuple[str, str]:
-    """Names a folder's content, as far as its files' sizes and dates tell, as this spec reads it."""
-    stamp = hashlib.sha256(str(files).encode())
-    for path in sorted(files.rglob("*")):
-        if path.is_file():
-            found = path.stat()
-            stamp.update(f"{path.name}:{found.st_size}:{found.st_mtime_ns}".encode())
-    return spec.digest, stamp.hexdigest()
+def _copy_name(key: tuple[str, str], device: Device) -> str:
+    """Names a copy by what it is made of and what decides how it comes out."""
+    made_by = (*key, device.kind, torch.__version__, transformers_version, precision.quick(device))
+    return hashlib.sha256(":".join(made_by).encode()).hexdigest()[:40]
 
 
-def _architecture(module: torch.nn.Module, chosen: str) -> str:
-    """Equal for modules that differ in their weights alone."""
-    config: Any = module.config
-    shape = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
-    return f"{type(module).__name__}:{chosen}:{hashlib.sha256(msgspec.json.encode(shape, enc_hook=str)).hexdigest()}"
+def _page_locked(found: FlatWeights | None) -> FlatWeights | None:
+    return found.page_locked() if found is not None and found.bytes else found
 
 
-def _tokenizer(folder: Folder) -> Tokenizer:
-    """The folder's fast tokenizer, without padding, truncating to the model's length."""
-    path = folder.transformer / "tokenizer.json"
-    if path.exists():
-        tokenizer = Tokenizer.from_file(str(path))
-    else:
-        slow: Any = AutoTokenizer.from_pretrained(folder.transformer, local_files_only=True, trust_remote_code=False)
-        if not getattr(slow, "is_fast", False):
-            raise refusal("it has no fast tokenizer (tokenizer.json)")
-        tokenizer = slow.backend_tokenizer
-    tokenizer.no_padding()
-    longest = _longest(folder)
-    if longest is None:
-        tokenizer.no_truncation()
-    else:
-        tokenizer.enable_truncation(longest)
-    return tokenizer
+def _in(dtype: torch.dtype, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
 
 
-def _longest(folder: Folder) -> int | None:
-    """The most tokens of one text: what the folder says, within the positions the encoder has."""
+def _architecture(folder: Folder) -> str:
+    """Equal for folders that differ in their weights alone."""
     try:
-        config = msgspec.json.decode((folder.transformer / "config.json").read_bytes())
+        config = msgspec.json.decode((folder.transformer / "config.json").read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.DecodeError) as error:
         raise refusal(f"its config.json cannot be read ({error})") from error
-    positions = config.get("max_position_embeddings")
-    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions = positions and positions - int(config.get("pad_token_id") or 1) - 1
-    known = [one for one in (folder.max_length, positions) if isinstance(one, int) and one > 0]
-    return min(known) if known else None
+    shape = {name: value for name, value in config.items() if name not in _NOT_SHAPE}
+    return hashlib.sha256(msgspec.json.encode(shape, order="deterministic")).hexdigest()
 
 
 def _head(folder: Folder) -> torch.nn.Module:

@@ -28,7 +28,7 @@ _NEW_NAMES: Final = {
     "lasttoken": "last",
     "mean_sqrt_len_tokens": "mean_sqrt_len",
 }
-_UNBOUNDED: Final = 1_000_000
+UNBOUNDED: Final = 1_000_000
 """Tokenizers that know no limit name a huge one."""
 
 
@@ -60,9 +60,9 @@ def read_folder(files: Path, spec: ModelSpec) -> Folder:
     Raises:
         ModelLoadError: it asks for something this family does not do; better none than wrong vectors.
     """
-    modules = _read(files / "modules.json")
+    modules = read_json(files / "modules.json")
     folder = _read_modules(files, modules) if isinstance(modules, list) else Folder(transformer=files)
-    folder = _with_settings(files, folder)
+    folder = with_settings(files, folder)
     return replace(
         folder,
         pooling=spec.pooling or folder.pooling,
@@ -91,7 +91,7 @@ def _read_modules(files: Path, modules: list[Mapping[str, Any]]) -> Folder:
 
 
 def _pooling(path: Path) -> str:
-    config = _read(path / "config.json") or {}
+    config = read_json(path / "config.json") or {}
     if config.get("include_prompt", True) is False:
         raise refusal("its pooling leaves the prompt out, which the dense family does not do")
     named = config.get("pooling_mode")
@@ -102,15 +102,16 @@ def _pooling(path: Path) -> str:
     return str(modes[0])
 
 
-def _with_settings(files: Path, folder: Folder) -> Folder:
-    own = _read(folder.transformer / "sentence_bert_config.json") or {}
-    tokenizer = _read(folder.transformer / "tokenizer_config.json") or {}
-    shared = _read(files / "config_sentence_transformers.json") or {}
+def with_settings(files: Path, folder: Folder) -> Folder:
+    """What the small JSON files say of lengths, letter case and prompts."""
+    own = read_json(folder.transformer / "sentence_bert_config.json") or {}
+    tokenizer = read_json(folder.transformer / "tokenizer_config.json") or {}
+    shared = read_json(files / "config_sentence_transformers.json") or {}
     longest = own.get("max_seq_length") or tokenizer.get("model_max_length")
     return replace(
         folder,
         lower_case=bool(own.get("do_lower_case", False)),
-        max_length=int(longest) if isinstance(longest, (int, float)) and longest < _UNBOUNDED else None,
+        max_length=int(longest) if isinstance(longest, (int, float)) and longest < UNBOUNDED else None,
         prompts={name: text for name, text in (shared.get("prompts") or {}).items() if text},
         default_prompt=shared.get("default_prompt_name"),
     )
@@ -121,7 +122,8 @@ def refusal(why: str) -> ModelLoadError:
     return ModelLoadError(f"the model cannot be loaded: {why}", details={"error_class": "CONFIG", "permanent": True})
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None if there is none; a refusal if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

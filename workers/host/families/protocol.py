@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 from common.errors import FarmError
 from config_db.spec import ModelSpec
 from tasks.messages import Request
+from workers.host.copies import Copies
+from workers.host.host_memory import HostMemory
 
 ItemResults: TypeAlias = bytes
 """A msgpack list, one result per item of a request."""
@@ -24,13 +26,16 @@ class Device:
     """Where a model is loaded.
 
     ``name`` is torch's name of it (``cpu``, ``cuda:0``); ``pass_tokens`` is how many tokens one forward pass may hold:
-    ``run`` sorts and packs to it, within the spec's own ``limits.max_batch_tokens``.
+    ``run`` sorts and packs to it, within the spec's own ``limits.max_batch_tokens``. ``copies`` is where weights may be
+    kept as they run, ``host_memory`` what keeps them beside a GPU; a family may do without either.
     """
 
     kind: Literal["cpu", "cuda"] = "cpu"
     index: int = 0
     name: str = "cpu"
     pass_tokens: int = 2048
+    copies: Copies | None = None
+    host_memory: HostMemory | None = None
 
 
 class Prepared(Protocol):

@@ -7,7 +7,21 @@ from typing import Final, cast
 from common.errors import ModelLoadError
 from workers.host.families.protocol import Family, FamilyMaker
 
-BUILT_IN: Final[Mapping[str, str]] = {"dense": "workers.host.families.dense:DenseFamily"}
+BUILT_IN: Final[Mapping[str, str]] = {
+    "dense": "workers.host.families.dense:DenseFamily",
+    "sparse": "workers.host.families.sparse:SparseFamily",
+    "multivector": "workers.host.families.multivector:MultivectorFamily",
+    "bge-m3": "workers.host.families.bge_m3:BgeM3Family",
+    "cross-encoder": "workers.host.families.cross_encoder:CrossEncoderFamily",
+    "causal-reranker": "workers.host.families.causal_reranker:CausalRerankerFamily",
+    "token-classification": "workers.host.families.token_classification:TokenClassificationFamily",
+    "gliner": "workers.host.families.gliner:GlinerFamily",
+    "gliner2": "workers.host.families.gliner2:Gliner2Family",
+    "gliclass": "workers.host.families.gliclass:GliclassFamily",
+    "nli": "workers.host.families.nli:NliFamily",
+    "clip": "workers.host.families.clip:ClipFamily",
+    "siglip": "workers.host.families.siglip:SiglipFamily",
+}
 
 
 def find(name: str, extra: Mapping[str, str]) -> Family:

@@ -55,6 +55,36 @@ def dense_items(items: Sequence[Any], rows: npt.NDArray[np.float32], dtype: str 
     )
 
 
+def dense_output(values: npt.NDArray[Any], *, dims: int, dtype: str) -> dict[str, Any]:
+    """A dense output as clients read it; ``values`` is one row of ``quantize``, ``dims`` its width before that."""
+    return {"dims": dims, "dtype": dtype, "values": codec.array_map(values)}
+
+
+def sparse_output(
+    indices: npt.NDArray[np.int32], values: npt.NDArray[np.float32], *, dims: int, dtype: str
+) -> dict[str, Any]:
+    """A sparse output as clients read it; its weights stay float32 but for ``float16``."""
+    kept = "float16" if dtype == "float16" else "float32"
+    return {
+        "dims": dims,
+        "dtype": kept,
+        "indices": codec.array_map(indices.astype(np.int32, copy=False)),
+        "values": codec.array_map(quantize(values, kept)),
+    }
+
+
+def multivector_output(rows: npt.NDArray[np.float32], *, dtype: str) -> dict[str, Any]:
+    """A multivector output as clients read it: ``rows`` ``[tokens, D]``, quantised row by row."""
+    tokens, dims = rows.shape
+    values = quantize(rows, dtype)
+    return {"token_dims": dims, "num_tokens": tokens, "dtype": dtype, "values": codec.array_map(values)}
+
+
+def item_list(items: Sequence[Any], outputs: Sequence[Mapping[str, Any]]) -> bytes:
+    """The msgpack list of item results of one request: the outputs of each item, by name."""
+    return codec.pack([item_result(item, **one) for item, one in zip(items, outputs, strict=True)])
+
+
 def item_result(item: Any, **outputs: Mapping[str, Any]) -> dict[str, Any]:
     """One item's result: its outputs by name, and its id if it has one."""
     name = item.get("id") if isinstance(item, Mapping) else None

@@ -1,0 +1,84 @@
+"""What the inference routes have in common: the model, the body, the queue, and the answer, at once or as a task."""
+
+from collections.abc import Callable
+from time import monotonic
+from typing import TypeVar
+
+from flask.typing import ResponseReturnValue
+
+from common.settings import WebSettings
+from config_db.spec import ModelSpec
+from tasks.messages import Outcome
+from tasks.names import Operation
+from tasks.submitting import Call
+from webapp import admission, hub_models, routing
+from webapp.adapter_admission import choose_adapter
+from webapp.admission import Admitted
+from webapp.auth.principals import principal
+from webapp.farm import Farm, farm
+from webapp.wire import answers, bodies
+from webapp.wire.headers import is_msgpack_body
+
+B = TypeVar("B")
+Admit = Callable[[ModelSpec, B, WebSettings], Admitted]
+"""Checks a body against its model; RequestError for what the model cannot serve."""
+
+
+def serve(operation: Operation, model: str, kind: type[B], admit: Admit[B]) -> ResponseReturnValue:
+    """Read the current request as ``kind``, let ``admit`` check it, run it and answer; or queue it, if so asked."""
+    started_at = monotonic()
+    here = farm()
+    asynchronous = routing.is_async()
+    spec, epoch = _find(here, operation, model)
+    body = bodies.read(kind, max_bytes=here.settings.max_body_bytes)
+    call = _call(here, operation, spec, epoch, body, admit, asynchronous=asynchronous)
+    if asynchronous:
+        return answers.accepted(here.client.submit(call, asynchronous=True))
+    outcome = here.client.run(call)
+    outcome.raise_error()
+    total_ms = (monotonic() - started_at) * 1e3
+    return answers.outcome_answer(outcome, operation, total_ms=total_ms, msgpack_by_default=is_msgpack_body())
+
+
+def run(operation: Operation, model: str, body: B, admit: Admit[B]) -> tuple[ModelSpec, Outcome]:
+    """Run what a route of another protocol has read as ``body``, and wait for its outcome, which has succeeded."""
+    here = farm()
+    spec, epoch = _find(here, operation, model)
+    outcome = here.client.run(_call(here, operation, spec, epoch, body, admit, asynchronous=False))
+    outcome.raise_error()
+    return spec, outcome
+
+
+def _find(here: Farm, operation: Operation, model: str) -> tuple[ModelSpec, int]:
+    """The model of this name, which the caller may use for this, and the epoch it is of."""
+    spec, epoch = hub_models.find(here, model)
+    admission.check_access(spec, principal().tenant)
+    admission.check_supported(spec)
+    admission.check_operation(spec, operation)
+    return spec, epoch
+
+
+def _call(
+    here: Farm, operation: Operation, spec: ModelSpec, epoch: int, body: B, admit: Admit[B], *, asynchronous: bool
+) -> Call:
+    """The request as its host reads it, checked, and how it travels there."""
+    spec, request, tokens, images = admit(spec, body, here.settings)
+    adapter, request.options = choose_adapter(here.served, spec, operation, request.options)
+    route = routing.choose(here, spec, asynchronous=asynchronous)
+    return Call(
+        model=spec.id,
+        spec=spec.digest,
+        operation=operation,
+        request=request,
+        items=len(request.items),
+        tokens=tokens,
+        images=images,
+        adapter=adapter,
+        lane=route.lane,
+        pool=route.pool,
+        machine_profile=route.machine_profile,
+        timeout_s=routing.timeout_s(here, spec, asynchronous=asynchronous),
+        epoch=epoch,
+        tenant=principal().tenant,
+        query_id=getattr(request.query, "id", None),
+    )

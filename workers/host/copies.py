@@ -1,0 +1,143 @@
+"""Weights as they run, kept on this machine: converted once, mapped by every host that wants them afterwards.
+
+A copy is one flat file, named by a digest of what it was made of, beside which a note says how the model is run. It
+is published by a rename, so that nobody sees half of one. Losing a copy costs a conversion, no more: they are bounded
+by the least recently used, whoever maps one that is removed keeps its pages, and what cannot be written is not kept.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, Final
+from uuid import uuid4
+
+import msgspec
+
+from common.logs import get_logger
+
+if TYPE_CHECKING:  # a host of families without torch never imports it
+    import torch
+
+    from workers.host.flat import FlatWeights
+
+log = get_logger("host")
+
+FREE_BYTES: Final = 2**30
+"""So much of the disk is left to others."""
+MOST_PENDING: Final = 4
+STALE_S: Final = 3600.0
+"""A part of a copy that old was left behind by a host that died."""
+
+
+class Copies:
+    """The copies of one machine; several hosts use one directory at once.
+
+    Args:
+        directory: where they lie.
+        limit_bytes: what they may hold together.
+    """
+
+    def __init__(self, directory: Path, limit_bytes: int) -> None:
+        self._directory = directory
+        self._limit_bytes = limit_bytes
+        self._writing = Lock()
+        self._queueing = Lock()
+        self._pending: set[str] = set()
+
+    def find(self, name: str) -> "FlatWeights | None":
+        """A kept copy, mapped, and used last from now on; None if there is none, or it is damaged."""
+        from workers.host import flat
+
+        path = self._path(name)
+        try:
+            found = flat.mapped(path)
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, msgspec.DecodeError) as error:
+            log.warning("copy_refused", path=str(path), error=str(error))
+            with suppress(OSError):
+                path.unlink()
+            return None
+        return found
+
+    def keep_soon(
+        self, name: str, tensors: Mapping[str, "torch.Tensor"], note: str, then: Callable[[], None] | None = None
+    ) -> Thread | None:
+        """Write a copy beside whatever else goes on, and call ``then`` once it is there.
+
+        Returns the thread that does; None where it is being written already, or too much is: what waits to be written
+        keeps its memory.
+        """
+        with self._queueing:
+            if name in self._pending or len(self._pending) >= MOST_PENDING:
+                return None
+            self._pending.add(name)
+
+        def run() -> None:
+            try:
+                if self.keep(name, tensors, note) and then is not None:
+                    then()
+            finally:
+                with self._queueing:
+                    self._pending.discard(name)
+
+        thread = Thread(target=run, name="copies", daemon=True)
+        thread.start()
+        return thread
+
+    def keep(self, name: str, tensors: Mapping[str, "torch.Tensor"], note: str) -> bool:
+        """Write a copy and remove what it displaces; whether it is there now."""
+        from workers.host import flat
+
+        path, size = self._path(name), sum(tensor.nbytes for tensor in tensors.values())
+        with self._writing:  # one at a time: a sweep over all models must not hold them all in memory
+            if path.exists():
+                return True
+            part = self._directory / f".{name}.{uuid4().hex}.part"
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                if not self._has_room(size):
+                    return False
+                flat.write(part, tensors, note)
+                part.rename(path)
+            except OSError as error:
+                log.warning("copy_not_kept", path=str(path), error=str(error))
+                with suppress(OSError):
+                    part.unlink()
+                return False
+        return True
+
+    def _has_room(self, size: int) -> bool:
+        """Remove the least recently used until this fits; false where it would not."""
+        kept = sorted((found.st_mtime, found.st_size, path) for path, found in self._kept())
+        held = sum(one[1] for one in kept)
+        if size > self._limit_bytes or shutil.disk_usage(self._directory).free - size < FREE_BYTES:
+            log.info("copy_not_kept", bytes=size, limit_bytes=self._limit_bytes)
+            return False
+        while kept and held + size > self._limit_bytes:
+            _, freed, path = kept.pop(0)
+            with suppress(FileNotFoundError):
+                path.unlink()
+            held -= freed
+            log.info("copy_removed", copy=path.stem, freed_bytes=freed, for_bytes=size)
+        return True
+
+    def _kept(self) -> list[tuple[Path, os.stat_result]]:
+        """Whole copies; parts that a dead host has left are removed."""
+        found: list[tuple[Path, os.stat_result]] = []
+        for path in self._directory.iterdir():
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                if path.suffix == ".safetensors":
+                    found.append((path, status))
+                elif path.suffix == ".part" and datetime.now(UTC).timestamp() - status.st_mtime > STALE_S:
+                    path.unlink()
+        return found
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.safetensors"

@@ -1,0 +1,364 @@
+"""Late-interaction encoders: a vector for each token (ColBERT and its kin), scored by MaxSim.
+
+A query is filled up to a length with mask tokens, whose vectors count though no token attends to them; a document
+leaves out the vectors of its punctuation. All of that is as the model's folder says. On demand the vectors of a text
+are folded into one of fixed width (``workers.host.muvera``).
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoModel
+
+from common.errors import FarmError
+from config_db.spec import ModelSpec
+from tasks import scores
+from tasks.messages import Request
+from workers.host import precision
+from workers.host.encoder import cast
+from workers.host.families import results
+from workers.host.families.dense_folder import read_json, refusal
+from workers.host.families.multivector_folder import MultivectorFolder, read_multivector_folder
+from workers.host.families.protocol import Device
+from workers.host.families.request_texts import (
+    Part,
+    Text,
+    check_flags,
+    check_operation,
+    folder_words,
+    not_finite,
+    output_dtype,
+    read_parts,
+    wanted_outputs,
+)
+from workers.host.families.text_folder import content_key, load_tokenizer, longest_text
+from workers.host.families.token_encoder import TokenEncoder, Trial, Verdict, load_complete, pass_budget
+from workers.host.families.token_projection import read_inner_layer, read_layers
+from workers.host.maxsim import maxsim
+from workers.host.muvera import Muvera, fixed_vector, read_muvera
+from workers.host.packing import plan
+
+KEPT_FOLDERS: Final = 256
+CHECK_QUERIES: Final = 2
+"""Of the check texts, so many are tried as queries, too."""
+
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One tokenised text. ``seen``: how many of its first tokens others attend to; ``kept``: whose vectors count."""
+
+    ids: list[int]
+    seen: int
+    kept: npt.NDArray[np.bool_]
+
+
+class TokenReader:
+    """Tokenises queries and documents as the folder wants them; any thread may call it."""
+
+    def __init__(self, folder: MultivectorFolder) -> None:
+        self._folder = folder
+        place = folder.text.transformer
+        self._tokenizer = load_tokenizer(place, None)
+        self._longest = {
+            True: longest_text(place, folder.query_length or folder.text.max_length),
+            False: longest_text(place, folder.document_length or folder.text.max_length),
+        }
+        self._lock = Lock()  # a tokenizer holds one length at a time
+        for marker in (folder.query_marker, folder.document_marker):
+            _keep_whole(self._tokenizer, marker)
+        self._filler = self._filler_id(place)
+        found = (self._tokenizer.token_to_id(word) for word in folder.skipped)
+        self._skipped = np.array(sorted(one for one in found if one is not None), dtype=np.int64)
+
+    def read(self, texts: Sequence[Text]) -> list[Tokens]:
+        """The tokens of texts, in order; a text of which nothing is said is a document."""
+        rows: dict[int, Tokens] = {}
+        for is_query in (True, False):
+            places = [place for place, text in enumerate(texts) if bool(text.is_query) is is_query]
+            marker = self._folder.query_marker if is_query else self._folder.document_marker
+            encoded = self._encode([marker + texts[place].text for place in places], is_query=is_query)
+            for place, ids in zip(places, encoded, strict=True):
+                rows[place] = self._tokens(ids or [0], is_query=is_query)
+        return [rows[place] for place in range(len(texts))]
+
+    def _encode(self, texts: list[str], *, is_query: bool) -> list[list[int]]:
+        longest = self._longest[is_query]
+        with self._lock:
+            if longest is None:
+                self._tokenizer.no_truncation()
+            else:
+                self._tokenizer.enable_truncation(longest)
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+
+    def _tokens(self, ids: list[int], *, is_query: bool) -> Tokens:
+        expansion = self._folder.expansion if is_query else None
+        seen = len(ids)
+        if expansion is not None and seen < expansion.length:
+            ids = [*ids, *[self._filler] * (expansion.length - seen)]
+            seen = len(ids) if expansion.is_seen else seen
+        kept = np.ones(len(ids), dtype=np.bool_)
+        if not is_query or self._folder.skips_queries:
+            kept = ~np.isin(ids, self._skipped)
+        return Tokens(ids, seen, kept)
+
+    def _filler_id(self, place: Path) -> int:
+        """The token that queries are filled up with: the one that is named, the mask, else the end of text."""
+        if self._folder.expansion is None:
+            return 0
+        config = read_json(place / "tokenizer_config.json") or {}
+        specials = read_json(place / "special_tokens_map.json") or {}
+        for name in (self._folder.expansion.token, *(_special(kind, config, specials) for kind in _FILLERS)):
+            found = None if name is None else self._tokenizer.token_to_id(name)
+            if found is not None:
+                return int(found)
+        raise refusal("its queries are filled up with a token that its tokenizer does not have")
+
+
+_FILLERS: Final = ("mask_token", "eos_token")
+
+
+def _special(kind: str, *places: Any) -> str | None:
+    for place in places:
+        found = place.get(kind)
+        content = found.get("content") if isinstance(found, dict) else found
+        if isinstance(content, str):
+            return content
+    return None
+
+
+def _keep_whole(tokenizer: Tokenizer, marker: str) -> None:
+    """Let a marker that the vocabulary has be one token wherever it stands in a text, as in training."""
+    for one in (marker, *marker.split(None, 1)[:1]):
+        if one and tokenizer.token_to_id(one) is not None:
+            if tokenizer.encode(one, add_special_tokens=False).tokens != [one]:
+                tokenizer.add_special_tokens([AddedToken(one, normalized=False, special=True)])
+            return
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What outlives the eviction of a model: everything but its weights."""
+
+    folder: MultivectorFolder
+    reader: TokenReader
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedTexts:
+    """A tokenised micro-batch."""
+
+    operation: str
+    parts: tuple[Part, ...]
+    texts: list[Text]
+    tokens: list[Tokens]
+    request_tokens: tuple[int, ...]
+
+
+class TokenVectors:
+    """Projected vectors of every token: the encoder and the layers over it."""
+
+    def __init__(self, runner: TokenEncoder, layers: torch.nn.Module) -> None:
+        self._runner = runner
+        self._layers = layers
+
+    def of(self, texts: Sequence[Tokens]) -> list[Vectors]:
+        """Vectors ``[T, D]`` of each text, of the tokens whose vectors count, in order; not normalised."""
+        found: dict[int, Vectors] = {}
+        whole = [place for place, text in enumerate(texts) if text.seen == len(text.ids)]
+        ids = [texts[place].ids for place in whole]
+        with torch.inference_mode():
+            for one in self._runner.passes([len(row) for row in ids]):
+                blocks = list(self._runner.states(ids, one))
+                places = [whole[row] for rows, _ in blocks for row in rows]
+                self._put(found, texts, places, torch.cat([block.flatten(0, 1) for _, block in blocks]))
+            for places in self._partly_seen(texts):
+                states = self._runner.partly_seen(
+                    [texts[place].ids for place in places], [texts[place].seen for place in places]
+                )
+                self._put(found, texts, places, states.flatten(0, 1))
+        return [found[place] for place in range(len(texts))]
+
+    def _put(
+        self, found: dict[int, Vectors], texts: Sequence[Tokens], places: Sequence[int], states: torch.Tensor
+    ) -> None:
+        """Project the states of texts that stand side by side, and share them out."""
+        vectors = self._layers(states.float()).cpu().numpy()
+        start = 0
+        for place in places:
+            end = start + len(texts[place].ids)
+            found[place] = vectors[start:end][texts[place].kept]
+            start = end
+
+    def _partly_seen(self, texts: Sequence[Tokens]) -> list[list[int]]:
+        """Places of the filled-up texts of each pass; all of a pass have one length."""
+        filled = [place for place, text in enumerate(texts) if text.seen < len(text.ids)]
+        lengths = [len(texts[place].ids) for place in filled]
+        passes = plan(lengths, pass_tokens=self._runner.pass_tokens, padded=True)
+        return [
+            [filled[row] for row in one.rows[first : first + group.count]]
+            for one in passes
+            for first, group in zip(_firsts(one.groups), one.groups, strict=True)
+        ]
+
+
+def _firsts(groups: Sequence[Any]) -> list[int]:
+    counts = [group.count for group in groups]
+    return [sum(counts[:at]) for at in range(len(counts))]
+
+
+class MultivectorModel:
+    """One loaded late-interaction encoder."""
+
+    def __init__(
+        self, spec: ModelSpec, kept: _Kept, module: torch.nn.Module, runner: TokenEncoder, layers: torch.nn.Sequential
+    ) -> None:
+        self._spec = spec
+        self._folder = kept.folder
+        self._reader = kept.reader
+        self._vectors = TokenVectors(runner, layers)
+        self._words = folder_words(spec, kept.folder.text)
+        self._dims = width_of(layers)
+        tensors = [one for part in (module, layers) for one in (*part.parameters(), *part.buffers())]
+        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def prepare(self, operation: str, requests: Sequence[Request]) -> PreparedTexts:
+        """Check, mark, word and tokenise every text."""
+        check_operation(operation, self._spec, ("encode", "score"))
+        parts, texts = read_parts(operation, requests, check=self._check, words=self._words)
+        tokens = self._reader.read(texts)
+        counts = tuple(sum(one.seen for one in tokens[part.rows]) for part in parts)
+        return PreparedTexts(operation, tuple(parts), texts, tokens, counts)
+
+    def run(self, prepared: PreparedTexts) -> list[Vectors]:
+        """Vectors ``[T, D]`` of each text, in order, not normalised."""
+        return self._vectors.of(prepared.tokens)
+
+    def finish(self, prepared: PreparedTexts, raw: list[Vectors]) -> list[bytes | FarmError]:
+        """Normalise, and write each request's vectors, or the ranking of its items."""
+        return [
+            part.error or self._answer(prepared.operation, part, prepared.texts[part.rows], raw[part.rows])
+            for part in prepared.parts
+        ]
+
+    def close(self) -> None:
+        """Let the weights go."""
+        del self._vectors
+
+    def _answer(self, operation: str, part: Part, texts: Sequence[Text], rows: Sequence[Vectors]) -> bytes | FarmError:
+        if not all(np.isfinite(row).all() for row in rows):
+            return not_finite(self._spec)
+        request = part.request
+        wanted = request.options.get("normalize")
+        if self._folder.normalize if wanted is None else wanted:
+            rows = [unit_rows(row) for row in rows]
+        if operation == "score":
+            return scores.ranking(request.items, maxsim(rows[0], rows[1:]))
+        way = self._way(request) if "dense" in part.outputs else None
+        dtype = output_dtype(request)
+        outputs = []
+        for text, row in zip(texts, rows, strict=True):
+            output: dict[str, Any] = {}
+            if way is not None:
+                output["dense"] = _folded(row, way, dtype, is_query=bool(text.is_query))
+            if "multivector" in part.outputs:
+                output["multivector"] = results.multivector_output(row, dtype=dtype)
+            outputs.append(output)
+        return results.item_list(request.items, outputs)
+
+    def _check(self, request: Request) -> tuple[str, ...]:
+        output_dtype(request)
+        check_flags(request, "normalize")
+        outputs = wanted_outputs(request, self._spec)
+        if "dense" not in outputs and request.options.get("muvera"):
+            outputs = ("dense", *(request.output_types or ()))
+        if "dense" in outputs:
+            self._way(request)
+        return outputs
+
+    def _way(self, request: Request) -> Muvera:
+        """How the vectors of a text are folded into one: as the request says, else the spec, else as the paper does."""
+        asked = request.options.get("muvera") or self._spec.options.get("muvera") or True
+        way = read_muvera(asked, token_dims=self._dims, param="params.options.muvera")
+        assert way is not None  # true is a way
+        return way
+
+
+class MultivectorFamily:
+    """Loads late-interaction encoders, and remembers of each folder what it costs time to find out."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
+
+    def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
+        """The size of the weight files, halved where the model is known to run in half precision."""
+        folder = read_multivector_folder(files, spec)
+        size = sum(path.stat().st_size for path in folder.text.transformer.glob("*.safetensors"))
+        kept = self._kept.get(content_key(spec, files))
+        name = spec.precision if kept is None or kept.verdict is None else kept.verdict.precision
+        return size // 2 if name in ("bfloat16", "float16") else size
+
+    def load(self, spec: ModelSpec, files: Path, device: Device) -> MultivectorModel:
+        """Load the model of a folder; the first time also find out how it runs best."""
+        kept = self._recall(spec, files)
+        place = kept.folder.text.transformer
+        layers = read_layers(kept.folder.layers) if kept.folder.layers else read_inner_layer(place)
+        layers = layers.to(device.name)
+        if kept.verdict is None:
+            trial = Trial(
+                spec,
+                device,
+                load=lambda: load_complete(AutoModel, place),
+                base=lambda module: module,
+                vectors=lambda _, runner, texts: _check_vectors(TokenVectors(runner, layers), kept.reader, texts),
+            )
+            kept.verdict, module = trial.judge()
+        else:
+            module = cast(load_complete(AutoModel, place), precision.DTYPES[kept.verdict.precision])
+        runner = TokenEncoder(module, kept.verdict.layout, device.name, most_tokens=pass_budget(spec, device))
+        return MultivectorModel(spec, kept, module, runner, layers)
+
+    def _recall(self, spec: ModelSpec, files: Path) -> _Kept:
+        key = content_key(spec, files)
+        kept = self._kept.get(key)
+        if kept is None:
+            folder = read_multivector_folder(files, spec)
+            kept = self._kept[key] = _Kept(folder, TokenReader(folder))
+        self._kept.move_to_end(key)
+        if len(self._kept) > KEPT_FOLDERS:
+            self._kept.popitem(last=False)
+        return kept
+
+
+def unit_rows(rows: Vectors) -> Vectors:
+    """Rows at unit length; one of zeros stays."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.maximum(norms, np.float32(1e-12)), dtype=np.float32)
+
+
+def width_of(layers: torch.nn.Sequential) -> int:
+    """Numbers in a token's vector."""
+    last: Any = layers[-1]
+    return int(getattr(last, "linear", last).out_features)
+
+
+def _folded(row: Vectors, way: Muvera, dtype: str, *, is_query: bool) -> dict[str, Any]:
+    vector = fixed_vector(row, way, is_query=is_query)
+    return results.dense_output(results.quantize(vector[None], dtype)[0], dims=len(vector), dtype=dtype)
+
+
+def _check_vectors(vectors: TokenVectors, reader: TokenReader, texts: Sequence[str]) -> torch.Tensor:
+    """All vectors of the check texts as documents, and of some of them as queries."""
+    read = [Text(text, is_query=False) for text in texts]
+    read += [Text(text, is_query=True) for text in texts[:CHECK_QUERIES]]
+    return torch.from_numpy(np.concatenate(vectors.of(reader.read(read))))
