@@ -11,6 +11,7 @@ PYTHON ?= $(firstword $(call fit,python3.12 python3.11 python3))
 TORCH_INDEX ?=
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+SDK := build/sdk/.installed
 FIGURES ?=
 
 .PHONY: help run test check bench migrate lock clean
@@ -30,7 +31,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 run: $(INSTALLED) ## start the whole farm on this machine: API on 8080, Flower on 5555
 	@$(BIN)/farmhand up
 
-test: $(INSTALLED) ## run every test, on real servers that start with them
+# The public SDK, as its users have it, in an environment of its own. It asks for Python 3.12 and runs on 3.11.
+$(SDK): tests/sdk/requirements.txt $(INSTALLED)
+	@$(BIN)/python -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r tests/sdk/requirements.txt
+	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --ignore-requires-python sie-sdk==0.10.1
+	@touch $@
+
+test: $(INSTALLED) $(SDK) ## run every test, on real servers that start with them
 	$(BIN)/python -m pytest
 
 check: $(INSTALLED) ## format, lint, types, imports

@@ -9,11 +9,15 @@ from config_db.spec import Input, ModelSpec, Operation, Output
 
 
 class Family(msgspec.Struct, frozen=True):
-    """One kind of model: what its models can do, give and take."""
+    """One kind of model: what its models can do, give and take.
+
+    ``pairs_labels``: they read a text once for each label, and not once with all.
+    """
 
     operations: tuple[Operation, ...]
     outputs: tuple[Output, ...]
     inputs: tuple[Input, ...] = ("text",)
+    pairs_labels: bool = False
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
@@ -27,7 +31,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gliner": Family(("extract",), ("json",)),
     "gliner2": Family(("extract",), ("json",)),
     "gliclass": Family(("extract",), ("json",)),
-    "nli": Family(("extract",), ("json",)),
+    "nli": Family(("extract",), ("json",), pairs_labels=True),
     "clip": Family(("encode",), ("dense",), ("text", "image")),
     "siglip": Family(("encode",), ("dense",), ("text", "image")),
 }

@@ -13,7 +13,18 @@ _EXTRACTORS_OWN: Final = frozenset(
     | {"hypothesis_template", "overflow_policy", "stride"}
 )
 FORWARD_FREE: Final = _EXTRACTORS_OWN | frozenset(
-    {"is_query", "keep_alive", "instruction", "normalize", "output_dtype", "profile", "lora", "lora_id"}
+    (
+        "is_query",
+        "keep_alive",
+        "instruction",
+        "normalize",
+        "output_dtype",
+        "profile",
+        "lora",
+        "lora_id",
+        "muvera",
+        "max_active_dims",
+    )
 )
 """Options that change no forward pass: requests that differ in them may share one."""
 

@@ -61,11 +61,12 @@ GLICLASS_CASES: dict[str, dict[str, Any]] = {
     "prompted": {"threshold": 0.0, "prompt": "What is it about? "},
 }
 GLINER_KINDS = ("gliner-span", "gliner-token", "gliner-bi")
+GLICLASS_ENCODERS = {"gliclass-before": "deberta", "gliclass-behind": "bert", "gliclass-decoder": "qwen3"}
 RELEX = "gliner-relex"
 RELATIONS = ["lives in", "left"]
 RELEX_OPTIONS = {"threshold": 0.4, "relation_threshold": 0.5}
 GLINER2_KINDS = ("gliner2-span", "gliner2-boundary")
-GLICLASS_KINDS = ("gliclass-before", "gliclass-behind")
+GLICLASS_KINDS = ("gliclass-before", "gliclass-behind", "gliclass-decoder")
 SPREAD = {
     "gliner-span": 1.5,
     "gliner-token": 1.5,
@@ -75,6 +76,7 @@ SPREAD = {
     "gliner2-boundary": 1.0,
     "gliclass-before": 8.0,
     "gliclass-behind": 8.0,
+    "gliclass-decoder": 3.0,
 }
 
 LETTERS = [chr(code) for code in range(33, 127)]
@@ -103,8 +105,8 @@ def tokenizer(longest: int = 512, *further: str) -> Any:
 
 
 def encoder(kind: str, labels: tuple[str, ...] = ()) -> Any:
-    """The config of a tiny BERT or DeBERTa."""
-    from transformers import BertConfig, DebertaV2Config
+    """The config of a tiny BERT, DeBERTa or Qwen3."""
+    from transformers import BertConfig, DebertaV2Config, Qwen3Config
 
     shape: dict[str, Any] = {
         "vocab_size": len(WORDS),
@@ -120,6 +122,8 @@ def encoder(kind: str, labels: tuple[str, ...] = ()) -> Any:
         shape |= {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
     if kind == "bert":
         return BertConfig(**shape)
+    if kind == "qwen3":
+        return Qwen3Config(**shape, num_key_value_heads=2, head_dim=8)
     return DebertaV2Config(
         **shape,
         relative_attention=True,
@@ -262,12 +266,14 @@ def make_gliclass(out: Path) -> dict[str, Any]:
     for seed, name in enumerate(GLICLASS_KINDS):
         marks = ("<<LABEL>>", "<<SEP>>", "<<EXAMPLE>>")
         config = GLiClassModelConfig(
-            encoder_config=encoder("deberta" if name == "gliclass-before" else "bert"),
+            encoder_config=encoder(GLICLASS_ENCODERS[name]),
+            architecture_type="decoder-kv" if name == "gliclass-decoder" else "uni-encoder",
             encoder_model=str(out / "backbones" / name),
             vocab_size=len(WORDS) + len(marks),
             class_token_index=len(WORDS),
             text_token_index=len(WORDS) + 1,
             example_token_index=len(WORDS) + 2,
+            sep_token_index=len(WORDS) + 1,  # the name that a decoder reads it by
             hidden_size=32,
             prompt_first=name == "gliclass-before",
             pooling_strategy="avg" if name == "gliclass-before" else "first",
@@ -276,7 +282,7 @@ def make_gliclass(out: Path) -> dict[str, Any]:
         )
         torch.manual_seed(seed)
         made = GLiClassModel(config)
-        spread(made, "encoder_model", SPREAD[name])
+        spread(made, "coder_model", SPREAD[name])  # encoder_model, decoder_model
         made.save_pretrained(out / name)
         tokenizer(512, *marks).save_pretrained(out / name)
         run = ZeroShotClassificationPipeline(

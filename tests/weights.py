@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import shake_256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = "farm/tiny"
 PINNED = Source(hub=REPOSITORY, revision=COMMIT)
 PLACE = f"hub/farm%2Ftiny/{COMMIT}"
-WEIGHTS = bytes(range(250)) * 1200
+WEIGHTS = shake_256(b"weights").digest(300_000)
 FILES: Mapping[str, Any] = {
     "config.json": {"model_type": "bert"},
     "tokenizer.json": {"version": "1.0"},

@@ -4,6 +4,7 @@ from typing import Any, Final
 
 from common.errors import RequestError
 from common.settings import WebSettings
+from config_db.families import FAMILIES
 from config_db.spec import ModelSpec
 from tasks.messages import Request
 from tasks.scores import name_of
@@ -36,7 +37,7 @@ def admit_extract(spec: ModelSpec, body: ExtractBody, settings: WebSettings) -> 
         output_schema=_schema(params.output_schema),
         options=options,
     )
-    return Admitted(spec, request, _estimate_tokens(items, request.labels or []))
+    return Admitted(spec, request, _estimate_tokens(spec, items, request.labels or []))
 
 
 def _labels(labels: list[str] | None) -> list[str] | None:
@@ -79,7 +80,9 @@ def _count_values(value: object) -> int:
     return 1
 
 
-def _estimate_tokens(items: list[TextItem], labels: list[str]) -> int:
-    """A guess at the tokens, good enough to fill batches by; every text goes with all labels."""
+def _estimate_tokens(spec: ModelSpec, items: list[TextItem], labels: list[str]) -> int:
+    """A guess at the tokens, good enough to fill batches by: each text goes with all labels, or with each in turn."""
+    family = FAMILIES.get(spec.family)
+    times = len(labels) if family is not None and family.pairs_labels else 1
     around = sum(map(len, labels)) // 4 + 2 * len(labels) + 2
-    return sum(len(item.text) for item in items) // 4 + around * len(items)
+    return times * sum(len(item.text) for item in items) // 4 + around * len(items)

@@ -94,7 +94,6 @@ def test_what_cannot_be_fetched_is_one_line_each_and_the_rest_is(here: dict[str,
     [
         (("prune", "x"), "no weights of 'x' are here"),
         (("prune", "--keep", "much"), "it must be a size"),
-        (("prune", "--all", "--keep", "1GiB"), "only one of them"),
     ],
 )
 def test_what_cannot_be_pruned_is_one_line(here: dict[str, str], words: tuple[str, ...], said: str) -> None:

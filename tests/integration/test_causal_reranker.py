@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from common.errors import ModelLoadError, RequestError
 from config_db.model_folders import spec_of_directory
@@ -165,3 +166,15 @@ def test_a_folder_that_cannot_be_served_rightly_is_refused(
     spoil(folder)
     with pytest.raises(ModelLoadError, match=said):
         load(folder)
+
+
+def test_half_precision_leaves_the_places_of_tokens_exact(causal_rerankers: Path) -> None:
+    """Rotary frequencies in bfloat16 would be off by whole turns some hundred tokens into a text."""
+    model = load(causal_rerankers / "qwen3" / "plain", precision="bfloat16")
+    module = model._runner.module
+    assert {one.dtype for one in module.parameters()} == {torch.bfloat16}
+    frequencies = [one for name, one in module.named_buffers() if "inv_freq" in name]
+    assert frequencies
+    assert {one.dtype for one in frequencies} == {torch.float32}
+    exact = np.load(causal_rerankers / "qwen3" / "plain.npy")
+    assert np.median(np.abs(score(model, PAIRS) - exact)) < 0.05

@@ -342,6 +342,28 @@ def test_numbers_that_are_not_finite_are_an_error_of_the_item(tiny_out: Path, tm
     assert item["error"]["code"] == "INFERENCE_ERROR"
 
 
+@pytest.mark.parametrize("name", ["ner", "nli-two", "gliner-bi", "gliclass-before", "gliner2-boundary"])
+def test_half_precision_is_half_the_bytes_and_nearly_the_scores(
+    tiny_out: Path, loaded: Callable[..., ExtractModel], name: str
+) -> None:
+    whole, half = loaded(name), load(tiny_out / name, precision="float16")
+    assert half.bytes < 0.6 * whole.bytes
+    asked: dict[str, Any] = {"labels": None} if name == "ner" else {}
+    for read in (entities, classes):
+        expected, found = (read(extract(model, tiny.TEXTS[:1], **asked)[0]) for model in (whole, half))
+        assert_same(sorted(found), sorted(expected), within=5e-3)
+
+
+def test_an_encoder_of_another_repository_is_not_fetched(tiny_out: Path, tmp_path: Path) -> None:
+    """Its name carries no revision."""
+    folder = Path(shutil.copytree(tiny_out / "gliner-span", tmp_path / "gliner"))
+    config = json.loads((folder / "gliner_config.json").read_text())
+    changed = {**config, "encoder_config": None, "model_name": "nobody/encoder"}
+    (folder / "gliner_config.json").write_text(json.dumps(changed))
+    with pytest.raises(ModelLoadError, match=r"'nobody/encoder'.*not in the Hub cache"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["ner", "nli-two", "gliner-span", "gliclass-before", "gliner2-span"])
 def test_a_folder_that_lacks_weights_is_refused(tiny_out: Path, tmp_path: Path, name: str) -> None:
     """Never random ones in their place."""

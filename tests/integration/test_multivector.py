@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from common.errors import InferenceError, ModelLoadError, RequestError
+from common.errors import InferenceError, ModelLoadError
 from tasks import codec
 from tasks.messages import Request
 from tests.token_models import MULTIVECTOR, TEXTS, answer, ask, made, spec_of
@@ -175,12 +175,15 @@ def test_a_bad_request_fails_alone_and_names_the_field(tiny: Path) -> None:
         *["params.options.muvera"] * 3,
     ]
     assert_close([*vectors(first), *vectors(last)], encode(model, ["fine"]) * 2, atol=1e-6)
-    scored, unasked = answer(
-        model, Request(items=["a"], query="b"), Request(items=["a"], query={"id": "q"}), operation="score"
+    scored, *refused = answer(
+        model,
+        Request(items=["a"], query="b"),
+        Request(items=["a"], query={"id": "q"}),
+        Request(items=["a"], query="b", options={"normalize": "no"}),
+        operation="score",
     )
     assert len(scored) == 1
-    assert isinstance(unasked, RequestError)
-    assert unasked.param == "query.text"
+    assert [one.param for one in refused] == ["query.text", "options.normalize"]
 
 
 def test_numbers_that_are_not_finite_are_an_error_of_their_request_alone(tiny: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from config_db.families import ADAPTABLE
 from config_db.model_folders import spec_of_directory
+from tests.integration.test_causal_reranker import plain_spec
 from tests.integration.test_dense import run_python
 from tests.rerankers import PAIRS, answer, requests_of, score
 from workers.host.families.pairs import PairModel
@@ -45,7 +46,9 @@ def folders(cross_encoders: Path, causal_rerankers: Path) -> dict[str, Path]:
 
 
 def load(folder: Path) -> Any:
-    spec = msgspec.structs.replace(spec_of_directory(folder), precision="float32")
+    is_causal = folder.parent.name in CAUSAL
+    spec = plain_spec(folder) if is_causal else spec_of_directory(folder)
+    spec = msgspec.structs.replace(spec, precision="float32")
     assert spec.family in ADAPTABLE
     model = find(spec.family, {}).load(spec, folder, Device(pass_tokens=512))
     assert isinstance(model, PairModel)

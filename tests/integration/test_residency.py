@@ -1,6 +1,7 @@
 """Memory of real hosts: what leaves, when, why, and that answers stay right while it does."""
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ from config_db.spec import ModelSpec, Placement, Source
 from tasks.messages import Request, encode_body
 from tests.fakes.family import fake_vector
 from tests.hosts import LivePool, vector
+from workers.host.copies import Copies
+from workers.host.families.dense import DenseFamily
+from workers.host.families.protocol import Device
 
 TEXT = "a farm of small models"
 MIB = 2**20
@@ -147,6 +151,71 @@ def test_sixty_tiny_models_through_a_small_budget(
         assert sum(live.pool.hosts()[0].resident.values()) <= 200_000
     for spec, path in list(zip(specs, tiny_folders, strict=True))[::20]:
         assert _cosine(first[spec.id], _reference(path)) > 0.999
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    return _bert(tmp_path / "one", 1, hidden=32, vocabulary=200)
+
+
+def _loaded(family: DenseFamily, path: Path, copies: Copies) -> Any:
+    """A model in bfloat16, when its copy, if it needs one, is written and used."""
+    model = family.load(_dense(path, precision="bfloat16"), path, Device(copies=copies))
+    for thread in threading.enumerate():
+        if thread.name == "copies":
+            thread.join(20)
+    return model
+
+
+def _vector(model: Any) -> Any:
+    request = Request(items=[{"text": TEXT}])
+    return model.run(model.prepare("encode", [request]))[0].numpy()
+
+
+def _storages(model: Any) -> int:
+    return len({tensor.untyped_storage().data_ptr() for tensor in model.weights().values()})
+
+
+def test_converted_weights_are_written_once_and_mapped_by_whoever_loads_them(one: Path, tmp_path: Path) -> None:
+    copies = Copies(tmp_path / "copies", 100 * MIB)
+    first = _loaded(DenseFamily(), one, copies)
+    before = _vector(first)
+    (path,) = (tmp_path / "copies").iterdir()
+    written = path.stat().st_mtime_ns
+    assert _storages(first) == 1  # it has exchanged what it converted for what it wrote
+    second = _loaded(DenseFamily(), one, copies)
+    assert _storages(second) == 1
+    assert np.array_equal(_vector(second), before)
+    found = copies.find(path.stem)
+    assert found is not None
+    path.unlink()
+    copies.keep(path.stem, {name: 2 * tensor for name, tensor in found.tensors().items()}, found.note)
+    assert not np.array_equal(_vector(_loaded(DenseFamily(), one, copies)), before)  # so the copy it was that answered
+    assert path.stat().st_mtime_ns != written
+
+
+def test_a_model_replaced_on_disk_is_not_served_from_its_old_copy(one: Path, tmp_path: Path) -> None:
+    copies = Copies(tmp_path / "copies", 100 * MIB)
+    family = DenseFamily()
+    resident = _loaded(family, one, copies)
+    before = _vector(resident)
+    _bert(tmp_path / "new", 2, hidden=32, vocabulary=200)
+    (tmp_path / "new" / "model.safetensors").replace(one / "model.safetensors")
+    assert np.array_equal(_vector(resident), before)  # what is mapped stays as it was
+    resident.close()
+    after = _vector(_loaded(family, one, copies))
+    assert _cosine(after, _reference(one)) > 0.999
+    assert _cosine(before, _reference(one)) < 0.999
+
+
+def test_models_of_one_architecture_share_no_weights(one: Path, tmp_path: Path) -> None:
+    """The second is hung into a skeleton of the first, and comes out as transformers alone computes it."""
+    other = _bert(tmp_path / "other", 2, hidden=32, vocabulary=200)
+    family, copies = DenseFamily(), Copies(tmp_path / "copies", 100 * MIB)
+    models = [_loaded(family, path, copies) for path in (one, other)]
+    for model, path in zip(models, (one, other), strict=True):
+        assert _cosine(_vector(model), _reference(path)) > 0.999
+    assert _cosine(_vector(models[0]), _vector(models[1])) < 0.999
 
 
 def test_an_eviction_is_told_with_its_reason(start_pool: Callable[..., LivePool]) -> None:

@@ -219,6 +219,18 @@ def test_a_hub_that_is_away_is_given_up_soon(
     assert (error.details["error_class"], error.details["permanent"]) == ("NETWORK", False)
 
 
+def test_a_machine_that_is_told_to_stay_offline_says_so(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    error = refused(PINNED, setup_in(tmp_path))
+    assert (error.details["error_class"], error.details["permanent"]) == ("NETWORK", False)
+    assert "HF_HUB_OFFLINE" in error.message
+    assert not hub.asked
+
+
 def test_signed_urls_and_tokens_are_kept_out_of_errors(hub: HubStandIn, tmp_path: Path) -> None:
     hub.refusals = [Refusal(500)] * 100
     error = refused(PINNED, setup_in(tmp_path, timeout_s=1.0))

@@ -10,7 +10,9 @@ import pytest
 from common.errors import ModelLoadError
 from config_db.spec import Source
 from tests.hub import COMMIT, HubStandIn, serving_hub
+from tests.services import wait_until
 from tests.weights import FILES, PINNED, PLACE, REPOSITORY, WEIGHTS, ask_here, begin, contents, setup_in, store_of
+from workers.weights.main import Prune, prune
 from workers.weights.resolve import resolve, tiers_of
 from workers.weights.store import Store
 
@@ -123,6 +125,20 @@ def test_a_fetch_of_another_plan_starts_over(hub: HubStandIn, tmp_path: Path) ->
     hub.repositories[REPOSITORY] = {**FILES, "model.safetensors": changed}
     with resolve(PINNED, setup_in(tmp_path)) as files:
         assert (files.path / "model.safetensors").read_bytes() == changed
+
+
+def test_pruning_everything_takes_what_dead_fetches_have_left_but_no_fetch_under_way(
+    hub: HubStandIn, tmp_path: Path
+) -> None:
+    hub.stalls["model.safetensors"] = 1000
+    fetching = begin(PINNED, setup_in(tmp_path), hub)
+    wait_until(lambda: hub.sent, 20, "the fetch to begin")
+    store = tiers_of(setup_in(tmp_path)).store
+    assert prune(Prune(all=True), store)
+    assert contents(store_of(tmp_path) / "partial")
+    fetching.kill()
+    assert prune(Prune(all=True), store)
+    assert contents(store_of(tmp_path) / "partial") == {}
 
 
 def test_what_a_dead_fetch_has_left_gives_way_to_others(hub: HubStandIn, tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> WebSettings:
     return load_settings(WebSettings)
 
 
-def admit(settings: WebSettings, *items: dict[str, Any], **params: Any) -> Admitted:
+def admit(settings: WebSettings, *items: dict[str, Any], spec: ModelSpec = SPEC, **params: Any) -> Admitted:
     content = {"items": items or ({"text": "Ada"},), "params": params}
-    return admit_extract(SPEC, msgspec.json.decode(msgspec.json.encode(content), type=ExtractBody), settings)
+    return admit_extract(spec, msgspec.json.decode(msgspec.json.encode(content), type=ExtractBody), settings)
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -55,6 +55,15 @@ def test_more_labels_weigh_more(settings: WebSettings) -> None:
     """Every text goes with all of them, so a micro-batch holds fewer."""
     few, many = (admit(settings, labels=[f"label {n}" for n in range(count)]) for count in (1, 100))
     assert many.tokens > 20 * few.tokens
+
+
+def test_a_family_that_reads_a_text_once_a_label_weighs_it_so_often(settings: WebSettings) -> None:
+    labels, text = [f"label {n}" for n in range(10)], {"text": "word " * 1000}
+    once, each = (
+        admit(settings, text, spec=msgspec.structs.replace(SPEC, family=family), labels=labels).tokens
+        for family in ("gliclass", "nli")
+    )
+    assert each > 9 * once
 
 
 def test_bounds_are_taken_and_one_more_is_refused(settings: WebSettings) -> None:

@@ -11,6 +11,8 @@ from config_db.spec import Limits, ModelSpec, Profile, Source
 from tasks.client import FarmClient
 from tests.standin import StaticSnapshots
 from webapp.app import create_app
+from webapp.score_admission import admit_score
+from webapp.wire.bodies import Item, ScoreBody
 
 RANKS = ModelSpec(
     id="org/rank",
@@ -76,6 +78,18 @@ def refused(web: FlaskClient, body: Any, model: str = "org/rank", status: int = 
 def test_a_bad_request_names_its_field(web: FlaskClient, body: Any, param: str) -> None:
     error = refused(web, body)
     assert (error["code"], error.get("param")) == ("INVALID_INPUT", param)
+
+
+def test_a_query_that_is_too_long_for_so_many_items_is_refused(web: FlaskClient) -> None:
+    error = refused(web, {"query": {"text": "a" * (2**20)}, "items": ITEMS * 65})
+    assert (error["code"], error["param"]) == ("INPUT_TOO_LONG", "query.text")
+
+
+def test_pairs_are_thought_no_longer_than_the_model_reads() -> None:
+    body = ScoreBody(query=Item(text="a" * 40), items=[Item(text="b" * 40), Item(text="c" * 4000)])
+    settings = WebSettings(redis_url="redis://127.0.0.1:1/0")
+    assert admit_score(RANKS, body, settings).tokens == 24 + 1014
+    assert admit_score(msgspec.structs.replace(RANKS, max_length=128), body, settings).tokens == 24 + 128
 
 
 def test_every_bad_item_is_listed(web: FlaskClient) -> None:

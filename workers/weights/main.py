@@ -89,6 +89,8 @@ def prune(wanted: Prune, store: Store) -> bool:
     unknown = set(wanted.names) - {entry.manifest.source for entry in entries}
     for name in sorted(unknown):
         _tell(event="unknown", source=name)
+    if wanted.all:
+        store.sweep()
     removed = [store.remove(entry.place) for entry in chosen]
     for entry, is_gone in zip(chosen, removed, strict=True):
         _tell(event="removed" if is_gone else "kept", **_described(store, entry))

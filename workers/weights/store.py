@@ -184,7 +184,7 @@ class Store:
         """Remove the least recently used, and no more than are needed; returns those."""
         removed: list[Entry] = []
         if self.excess_bytes(needed_bytes) > 0:
-            self._sweep()
+            self.sweep()
         for entry in self.entries() if self.excess_bytes(needed_bytes) > 0 else ():
             if self.excess_bytes(needed_bytes) <= 0:
                 break
@@ -209,6 +209,18 @@ class Store:
             os.close(lock)
         shutil.rmtree(trash)
         return True
+
+    def sweep(self) -> None:
+        """Remove what dead processes have left: trash, and fetches nobody has gone on with."""
+        for folder in self.directory.glob("trash/*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self.directory.glob("partial/*"):
+            owner = folder / OWNER
+            name = owner.read_text() if owner.exists() else ""
+            lock = leases.take(self._locks / f"{_short(name)}.fetch") if name else None
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
     def clear_partial(self, place: str) -> None:
         """Forget what a fetch has so far. By the process that is fetching it."""
@@ -244,18 +256,6 @@ class Store:
     def _disk(self) -> "shutil._ntuple_diskusage":
         self.directory.mkdir(parents=True, exist_ok=True)
         return shutil.disk_usage(self.directory)
-
-    def _sweep(self) -> None:
-        """Remove what dead processes have left: trash, and fetches nobody has gone on with."""
-        for folder in self.directory.glob("trash/*"):
-            shutil.rmtree(folder, ignore_errors=True)
-        for folder in self.directory.glob("partial/*"):
-            owner = folder / OWNER
-            name = owner.read_text() if owner.exists() else ""
-            lock = leases.take(self._locks / f"{_short(name)}.fetch") if name else None
-            if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                os.close(lock)
 
     # -- names -------------------------------------------------------------------------------------------------------
 

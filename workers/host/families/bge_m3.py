@@ -4,7 +4,6 @@ The dense vector is the first token's state. The weight of a word is the largest
 one output; special tokens have none. The vectors of the tokens, all but the first, come from another linear layer.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -22,8 +21,6 @@ from common.errors import FarmError
 from config_db.spec import ModelSpec
 from tasks import scores
 from tasks.messages import Request
-from workers.host import precision
-from workers.host.encoder import cast
 from workers.host.families import results
 from workers.host.families.dense_folder import Folder, read_json, refusal, with_settings
 from workers.host.families.multivector import Vectors, unit_rows
@@ -38,20 +35,19 @@ from workers.host.families.request_texts import (
     read_parts,
     wanted_outputs,
 )
-from workers.host.families.text_folder import content_key, load_tokenizer, longest_text
+from workers.host.families.text_folder import load_tokenizer, longest_text
 from workers.host.families.token_encoder import (
+    KeptFolders,
     TokenEncoder,
-    Trial,
     Verdict,
     load_complete,
-    pass_budget,
+    open_encoder,
     vocabulary_size,
 )
 from workers.host.families.token_projection import linear_of
 from workers.host.maxsim import maxsim
 from workers.host.packing import Pass
 
-KEPT_FOLDERS: Final = 256
 SPECIALS: Final = ("cls_token", "eos_token", "pad_token", "unk_token", "bos_token")
 """Tokens that are no words."""
 
@@ -108,7 +104,7 @@ class Heads(torch.nn.Module):
         states = states.float()
         starts = [0, *np.cumsum(lengths)]
         dense = states[starts[:-1]].cpu().numpy() if "dense" in outputs else None
-        weights = self.sparse(states).squeeze(-1).relu().cpu().numpy() if "sparse" in outputs else None
+        weights = self.sparse(states).squeeze(-1).cpu().numpy() if "sparse" in outputs else None
         vectors = self.vectors(states).cpu().numpy() if "multivector" in outputs else None
         return [
             Found(
@@ -200,52 +196,36 @@ class BgeM3Model:
 
 
 class BgeM3Family:
-    """Loads such models, and remembers of each folder what it costs time to find out."""
+    """Loads such models."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
+        self._folders = KeptFolders(_read)
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
-        """The size of the weight files, halved where the model is known to run in half precision."""
-        size = sum(path.stat().st_size for path in files.iterdir() if path.suffix in _suffixes(spec))
-        kept = self._kept.get(content_key(spec, files))
-        name = spec.precision if kept is None or kept.verdict is None else kept.verdict.precision
-        return size // 2 if name in ("bfloat16", "float16") else size
+        """Device bytes, as far as the weight files tell."""
+        suffixes = (".safetensors", ".pt", ".bin") if "pickle" in spec.trust.formats else (".safetensors",)
+        return self._folders.estimate_bytes(spec, files, (one for one in files.iterdir() if one.suffix in suffixes))
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> BgeM3Model:
         """Load the model of a folder; the first time also find out how it runs best."""
-        kept = self._recall(spec, files)
+        kept = self._folders.recall(spec, files)
         heads = Heads(_read_head(files, "sparse_linear", spec), _read_head(files, "colbert_linear", spec))
         heads = heads.requires_grad_(requires_grad=False).to(device.name)
-
-        def load() -> torch.nn.Module:
-            return load_complete(AutoModel, files, formats=spec.trust.formats)
-
-        if kept.verdict is None:
-            trial = Trial(
-                spec,
-                device,
-                load=load,
-                base=lambda module: module,
-                vectors=lambda _, runner, texts: _check_vectors(runner, heads, kept.tokenizer, texts),
-            )
-            kept.verdict, module = trial.judge()
-        else:
-            module = cast(load(), precision.DTYPES[kept.verdict.precision])
-        runner = TokenEncoder(module, kept.verdict.layout, device.name, most_tokens=pass_budget(spec, device))
+        module, runner = open_encoder(
+            spec,
+            device,
+            kept,
+            load=lambda: load_complete(AutoModel, files, formats=spec.trust.formats),
+            base=lambda module: module,
+            vectors=lambda _, runner, texts: _check_vectors(runner, heads, kept.tokenizer, texts),
+        )
         return BgeM3Model(spec, kept, module, runner, heads)
 
-    def _recall(self, spec: ModelSpec, files: Path) -> _Kept:
-        key = content_key(spec, files)
-        kept = self._kept.get(key)
-        if kept is None:
-            folder = _read_folder(files, spec)
-            tokenizer = load_tokenizer(files, longest_text(files, folder.max_length))
-            kept = self._kept[key] = _Kept(folder, tokenizer, _special_ids(files, tokenizer))
-        self._kept.move_to_end(key)
-        if len(self._kept) > KEPT_FOLDERS:
-            self._kept.popitem(last=False)
-        return kept
+
+def _read(spec: ModelSpec, files: Path) -> _Kept:
+    folder = _read_folder(files, spec)
+    tokenizer = load_tokenizer(files, longest_text(files, folder.max_length))
+    return _Kept(folder, tokenizer, _special_ids(files, tokenizer))
 
 
 def all_found(
@@ -266,7 +246,7 @@ def all_found(
 def words_of(
     ids: Sequence[int], weights: npt.NDArray[np.float32], specials: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """The words of a text, in the order of their ids, and the largest weight of each; those of no weight left out."""
+    """The words of a text, in the order of their ids, and the largest weight of each, if it is above zero."""
     tokens = np.array(ids)
     counted = (weights > 0) & ~np.isin(tokens, specials)
     words, places = np.unique(tokens[counted], return_inverse=True)
@@ -307,10 +287,6 @@ def _read_head(files: Path, name: str, spec: ModelSpec) -> torch.nn.Linear:
     if "pickle" in spec.trust.formats and path.exists():
         return linear_of(torch.load(path, map_location="cpu", weights_only=True))
     raise refusal(f"it holds no {name}.safetensors; other formats are loaded only where its spec trusts `pickle`")
-
-
-def _suffixes(spec: ModelSpec) -> tuple[str, ...]:
-    return (".safetensors", ".pt", ".bin") if "pickle" in spec.trust.formats else (".safetensors",)
 
 
 def _check_vectors(runner: TokenEncoder, heads: Heads, tokenizer: Tokenizer, texts: Sequence[str]) -> torch.Tensor:

@@ -5,28 +5,23 @@ leaves out the vectors of its punctuation. All of that is as the model's folder 
 are folded into one of fixed width (``workers.host.muvera``).
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModel
 
 from common.errors import FarmError
 from config_db.spec import ModelSpec
 from tasks import scores
 from tasks.messages import Request
-from workers.host import precision
-from workers.host.encoder import cast
 from workers.host.families import results
-from workers.host.families.dense_folder import read_json, refusal
 from workers.host.families.multivector_folder import MultivectorFolder, read_multivector_folder
+from workers.host.families.multivector_tokens import TokenReader, Tokens
 from workers.host.families.protocol import Device
 from workers.host.families.request_texts import (
     Part,
@@ -39,110 +34,16 @@ from workers.host.families.request_texts import (
     read_parts,
     wanted_outputs,
 )
-from workers.host.families.text_folder import content_key, load_tokenizer, longest_text
-from workers.host.families.token_encoder import TokenEncoder, Trial, Verdict, load_complete, pass_budget
+from workers.host.families.token_encoder import KeptFolders, TokenEncoder, Verdict, load_complete, open_encoder
 from workers.host.families.token_projection import read_inner_layer, read_layers
 from workers.host.maxsim import maxsim
 from workers.host.muvera import Muvera, fixed_vector, read_muvera
 from workers.host.packing import plan
 
-KEPT_FOLDERS: Final = 256
 CHECK_QUERIES: Final = 2
 """Of the check texts, so many are tried as queries, too."""
 
 Vectors = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """One tokenised text. ``seen``: how many of its first tokens others attend to; ``kept``: whose vectors count."""
-
-    ids: list[int]
-    seen: int
-    kept: npt.NDArray[np.bool_]
-
-
-class TokenReader:
-    """Tokenises queries and documents as the folder wants them; any thread may call it."""
-
-    def __init__(self, folder: MultivectorFolder) -> None:
-        self._folder = folder
-        place = folder.text.transformer
-        self._tokenizer = load_tokenizer(place, None)
-        self._longest = {
-            True: longest_text(place, folder.query_length or folder.text.max_length),
-            False: longest_text(place, folder.document_length or folder.text.max_length),
-        }
-        self._lock = Lock()  # a tokenizer holds one length at a time
-        for marker in (folder.query_marker, folder.document_marker):
-            _keep_whole(self._tokenizer, marker)
-        self._filler = self._filler_id(place)
-        found = (self._tokenizer.token_to_id(word) for word in folder.skipped)
-        self._skipped = np.array(sorted(one for one in found if one is not None), dtype=np.int64)
-
-    def read(self, texts: Sequence[Text]) -> list[Tokens]:
-        """The tokens of texts, in order; a text of which nothing is said is a document."""
-        rows: dict[int, Tokens] = {}
-        for is_query in (True, False):
-            places = [place for place, text in enumerate(texts) if bool(text.is_query) is is_query]
-            marker = self._folder.query_marker if is_query else self._folder.document_marker
-            encoded = self._encode([marker + texts[place].text for place in places], is_query=is_query)
-            for place, ids in zip(places, encoded, strict=True):
-                rows[place] = self._tokens(ids or [0], is_query=is_query)
-        return [rows[place] for place in range(len(texts))]
-
-    def _encode(self, texts: list[str], *, is_query: bool) -> list[list[int]]:
-        longest = self._longest[is_query]
-        with self._lock:
-            if longest is None:
-                self._tokenizer.no_truncation()
-            else:
-                self._tokenizer.enable_truncation(longest)
-            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
-
-    def _tokens(self, ids: list[int], *, is_query: bool) -> Tokens:
-        expansion = self._folder.expansion if is_query else None
-        seen = len(ids)
-        if expansion is not None and seen < expansion.length:
-            ids = [*ids, *[self._filler] * (expansion.length - seen)]
-            seen = len(ids) if expansion.is_seen else seen
-        kept = np.ones(len(ids), dtype=np.bool_)
-        if not is_query or self._folder.skips_queries:
-            kept = ~np.isin(ids, self._skipped)
-        return Tokens(ids, seen, kept)
-
-    def _filler_id(self, place: Path) -> int:
-        """The token that queries are filled up with: the one that is named, the mask, else the end of text."""
-        if self._folder.expansion is None:
-            return 0
-        config = read_json(place / "tokenizer_config.json") or {}
-        specials = read_json(place / "special_tokens_map.json") or {}
-        for name in (self._folder.expansion.token, *(_special(kind, config, specials) for kind in _FILLERS)):
-            found = None if name is None else self._tokenizer.token_to_id(name)
-            if found is not None:
-                return int(found)
-        raise refusal("its queries are filled up with a token that its tokenizer does not have")
-
-
-_FILLERS: Final = ("mask_token", "eos_token")
-
-
-def _special(kind: str, *places: Any) -> str | None:
-    for place in places:
-        found = place.get(kind)
-        content = found.get("content") if isinstance(found, dict) else found
-        if isinstance(content, str):
-            return content
-    return None
-
-
-def _keep_whole(tokenizer: Tokenizer, marker: str) -> None:
-    """Let a marker that the vocabulary has be one token wherever it stands in a text, as in training."""
-    for one in (marker, *marker.split(None, 1)[:1]):
-        if one and tokenizer.token_to_id(one) is not None:
-            if tokenizer.encode(one, add_special_tokens=False).tokens != [one]:
-                tokenizer.add_special_tokens([AddedToken(one, normalized=False, special=True)])
-            return
 
 
 @dataclass(slots=True)
@@ -295,49 +196,36 @@ class MultivectorModel:
 
 
 class MultivectorFamily:
-    """Loads late-interaction encoders, and remembers of each folder what it costs time to find out."""
+    """Loads late-interaction encoders."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
+        self._folders = KeptFolders(_read)
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
-        """The size of the weight files, halved where the model is known to run in half precision."""
-        folder = read_multivector_folder(files, spec)
-        size = sum(path.stat().st_size for path in folder.text.transformer.glob("*.safetensors"))
-        kept = self._kept.get(content_key(spec, files))
-        name = spec.precision if kept is None or kept.verdict is None else kept.verdict.precision
-        return size // 2 if name in ("bfloat16", "float16") else size
+        """Device bytes, as far as the weight files tell."""
+        place = read_multivector_folder(files, spec).text.transformer
+        return self._folders.estimate_bytes(spec, files, place.glob("*.safetensors"))
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> MultivectorModel:
         """Load the model of a folder; the first time also find out how it runs best."""
-        kept = self._recall(spec, files)
+        kept = self._folders.recall(spec, files)
         place = kept.folder.text.transformer
         layers = read_layers(kept.folder.layers) if kept.folder.layers else read_inner_layer(place)
         layers = layers.to(device.name)
-        if kept.verdict is None:
-            trial = Trial(
-                spec,
-                device,
-                load=lambda: load_complete(AutoModel, place),
-                base=lambda module: module,
-                vectors=lambda _, runner, texts: _check_vectors(TokenVectors(runner, layers), kept.reader, texts),
-            )
-            kept.verdict, module = trial.judge()
-        else:
-            module = cast(load_complete(AutoModel, place), precision.DTYPES[kept.verdict.precision])
-        runner = TokenEncoder(module, kept.verdict.layout, device.name, most_tokens=pass_budget(spec, device))
+        module, runner = open_encoder(
+            spec,
+            device,
+            kept,
+            load=lambda: load_complete(AutoModel, place),
+            base=lambda module: module,
+            vectors=lambda _, runner, texts: _check_vectors(TokenVectors(runner, layers), kept.reader, texts),
+        )
         return MultivectorModel(spec, kept, module, runner, layers)
 
-    def _recall(self, spec: ModelSpec, files: Path) -> _Kept:
-        key = content_key(spec, files)
-        kept = self._kept.get(key)
-        if kept is None:
-            folder = read_multivector_folder(files, spec)
-            kept = self._kept[key] = _Kept(folder, TokenReader(folder))
-        self._kept.move_to_end(key)
-        if len(self._kept) > KEPT_FOLDERS:
-            self._kept.popitem(last=False)
-        return kept
+
+def _read(spec: ModelSpec, files: Path) -> _Kept:
+    folder = read_multivector_folder(files, spec)
+    return _Kept(folder, TokenReader(folder))
 
 
 def unit_rows(rows: Vectors) -> Vectors:

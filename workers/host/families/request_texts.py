@@ -63,7 +63,7 @@ def read_parts(
             texts += _texts(operation, request, words)
             parts.append(Part(request, slice(start, len(texts)), outputs))
         except RequestError as error:
-            parts.append(Part(request, slice(start, start), error=error))
+            parts.append(Part(request, slice(start, start), error=_placed(error, operation)))
     return parts, texts
 
 
@@ -116,6 +116,13 @@ def output_dtype(request: Request) -> str:
 def not_finite(spec: ModelSpec) -> InferenceError:
     """The error of a request whose numbers are not finite."""
     return InferenceError(f"{spec.id} gave numbers that are not finite for this request")
+
+
+def _placed(error: RequestError, operation: str) -> RequestError:
+    """The error with the field's path in the body of this operation: one to score has its options beside its items."""
+    if operation == "score" and error.param is not None:
+        error.param = error.param.removeprefix("params.")
+    return error
 
 
 def _texts(operation: str, request: Request, words: Words) -> list[Text]:

@@ -5,7 +5,6 @@ bounded piece of the pass's tokens at a time, and each text's weights are pooled
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,8 +22,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from common.errors import FarmError, RequestError
 from config_db.spec import ModelSpec
 from tasks.messages import Request
-from workers.host import precision
-from workers.host.encoder import cast
 from workers.host.families import results
 from workers.host.families.dense_folder import UNBOUNDED, read_json, refusal
 from workers.host.families.protocol import Device
@@ -38,18 +35,17 @@ from workers.host.families.request_texts import (
     wanted_outputs,
 )
 from workers.host.families.sparse_folder import SparseFolder, read_sparse_folder
-from workers.host.families.text_folder import content_key, load_tokenizer, longest_text
+from workers.host.families.text_folder import load_tokenizer, longest_text
 from workers.host.families.token_encoder import (
+    KeptFolders,
     TokenEncoder,
-    Trial,
     Verdict,
     load_complete,
-    pass_budget,
+    open_encoder,
     vocabulary_size,
 )
 from workers.host.packing import Pass
 
-KEPT_FOLDERS: Final = 256
 LOGITS: Final = 2**24
 """Logits at once: 64 MiB in float32, or 549 tokens over the words of BERT."""
 
@@ -260,52 +256,37 @@ class SparseModel:
 
 
 class SparseFamily:
-    """Loads sparse encoders, and remembers of each folder what it costs time to find out."""
+    """Loads sparse encoders."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
+        self._folders = KeptFolders(_read)
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
-        """The size of the weight files, halved where the model is known to run in half precision."""
-        folder = read_sparse_folder(files, spec)
-        size = sum(path.stat().st_size for path in folder.text.transformer.glob("*.safetensors"))
-        kept = self._kept.get(content_key(spec, files))
-        name = spec.precision if kept is None or kept.verdict is None else kept.verdict.precision
-        return size // 2 if name in ("bfloat16", "float16") else size
+        """Device bytes, as far as the weight files tell."""
+        place = read_sparse_folder(files, spec).text.transformer
+        return self._folders.estimate_bytes(spec, files, place.glob("*.safetensors"))
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> SparseModel:
         """Load the model of a folder; the first time also find out how it runs best."""
-        kept = self._recall(spec, files)
-        place = kept.folder.text.transformer
-        if kept.verdict is None:
-            trial = Trial(
-                spec,
-                device,
-                load=lambda: load_complete(AutoModelForMaskedLM, place),
-                base=_base,
-                vectors=lambda module, runner, texts: _check_vectors(
-                    Splade(module, runner, kept.folder), kept.tokenizer, texts
-                ),
-            )
-            kept.verdict, module = trial.judge()
-        else:
-            module = cast(load_complete(AutoModelForMaskedLM, place), precision.DTYPES[kept.verdict.precision])
-        runner = TokenEncoder(_base(module), kept.verdict.layout, device.name, most_tokens=pass_budget(spec, device))
-        return SparseModel(spec, kept, module, Splade(module.to(device.name), runner, kept.folder))
+        kept = self._folders.recall(spec, files)
+        module, runner = open_encoder(
+            spec,
+            device,
+            kept,
+            load=lambda: load_complete(AutoModelForMaskedLM, kept.folder.text.transformer),
+            base=_base,
+            vectors=lambda module, runner, texts: _check_vectors(
+                Splade(module, runner, kept.folder), kept.tokenizer, texts
+            ),
+        )
+        return SparseModel(spec, kept, module, Splade(module, runner, kept.folder))
 
-    def _recall(self, spec: ModelSpec, files: Path) -> _Kept:
-        key = content_key(spec, files)
-        kept = self._kept.get(key)
-        if kept is None:
-            folder = read_sparse_folder(files, spec)
-            place = folder.text.transformer
-            tokenizer = load_tokenizer(place, longest_text(place, folder.text.max_length))
-            table = None if folder.table is None else _load_table(folder.table)
-            kept = self._kept[key] = _Kept(folder, tokenizer, table)
-        self._kept.move_to_end(key)
-        if len(self._kept) > KEPT_FOLDERS:
-            self._kept.popitem(last=False)
-        return kept
+
+def _read(spec: ModelSpec, files: Path) -> _Kept:
+    folder = read_sparse_folder(files, spec)
+    place = folder.text.transformer
+    tokenizer = load_tokenizer(place, longest_text(place, folder.text.max_length))
+    return _Kept(folder, tokenizer, None if folder.table is None else _load_table(folder.table))
 
 
 def _base(module: torch.nn.Module) -> torch.nn.Module:

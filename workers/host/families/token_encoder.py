@@ -4,10 +4,11 @@ The first load of a folder finds, by comparing what the family makes of a few te
 whether texts may stand side by side without padding, and in which precision.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import torch
 
@@ -17,12 +18,14 @@ from workers.host import devices, precision
 from workers.host.encoder import Encoder, Layout, attention_window, cast, encoder, layouts, plain_layout
 from workers.host.families.dense_folder import refusal
 from workers.host.families.protocol import Device
+from workers.host.families.text_folder import content_key
 from workers.host.packing import Pass, plan
 
 log = get_logger("host")
 
 EQUAL: Final = 0.9999
 """Cosine between a packed and a padded run that says they compute the same thing."""
+KEPT_FOLDERS: Final = 256
 CPU_PASS_TOKENS: Final = 1024
 """A larger pass leaves the cache of a core."""
 
@@ -108,7 +111,64 @@ def pass_budget(spec: ModelSpec, device: Device) -> int:
     return min(spec.limits.max_batch_tokens or most, most)
 
 
-class Trial:
+class Kept(Protocol):
+    """What a family keeps of a folder when its model leaves."""
+
+    verdict: Verdict | None
+
+
+K = TypeVar("K", bound=Kept)
+
+
+class KeptFolders(Generic[K]):
+    """What outlives the eviction of models, by folder and spec: everything but weights.
+
+    Args:
+        read: reads a folder.
+    """
+
+    def __init__(self, read: Callable[[ModelSpec, Path], K]) -> None:
+        self._read = read
+        self._kept: OrderedDict[tuple[str, str], K] = OrderedDict()
+
+    def recall(self, spec: ModelSpec, files: Path) -> K:
+        """What is kept of the folder, read first if nothing is."""
+        key = content_key(spec, files)
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._kept[key] = self._read(spec, files)
+        self._kept.move_to_end(key)
+        if len(self._kept) > KEPT_FOLDERS:
+            self._kept.popitem(last=False)
+        return kept
+
+    def estimate_bytes(self, spec: ModelSpec, files: Path, weights: Iterable[Path]) -> int:
+        """The size of the weight files, halved where the model is known to run in half precision."""
+        size = sum(path.stat().st_size for path in weights)
+        kept = self._kept.get(content_key(spec, files))
+        name = spec.precision if kept is None or kept.verdict is None else kept.verdict.precision
+        return size // 2 if name in ("bfloat16", "float16") else size
+
+
+def open_encoder(
+    spec: ModelSpec,
+    device: Device,
+    kept: Kept,
+    *,
+    load: Callable[[], torch.nn.Module],
+    base: Callable[[torch.nn.Module], torch.nn.Module],
+    vectors: Callable[[torch.nn.Module, TokenEncoder, Sequence[str]], torch.Tensor],
+) -> tuple[torch.nn.Module, TokenEncoder]:
+    """The loaded module and the encoder in it, as it runs best, which the first time is found out (see ``_Trial``)."""
+    if kept.verdict is None:
+        kept.verdict, module = _Trial(spec, device, load=load, base=base, vectors=vectors).judge()
+    else:
+        module = cast(load(), precision.DTYPES[kept.verdict.precision])
+    module = module.to(device.name)
+    return module, TokenEncoder(base(module), kept.verdict.layout, device.name, most_tokens=pass_budget(spec, device))
+
+
+class _Trial:
     """The first run of a folder.
 
     Args:

@@ -1,0 +1,85 @@
+"""The public SIE SDK, unmodified and in an environment of its own, against a whole farm that asks for keys."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from sqlalchemy.orm import Session
+
+from config_db import keys
+from config_db.engine import open_engine
+from tests.fakes.family import PLACE, fake_score, fake_vector
+from tests.live import LiveFarm, fake_spec
+from tests.services import PostgresServer, RedisServer
+from tests.web import ROOT, start_web, stop_web
+
+PYTHON = ROOT / "build" / "sdk" / "bin" / "python"
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def said(
+    request: Any, redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What each call of the SDK came back with."""
+    if not PYTHON.exists():
+        assert not os.environ.get("CI"), "`make test` installs the SDK"
+        pytest.skip("the SDK is not installed: `make test` does that")
+    with redis_server.client() as client:
+        client.flushall()
+    directory: Path = tmp_path_factory.mktemp("sdk")
+    farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
+    ranks = msgspec.structs.replace(fake_spec("org/rank"), operations=("score",), outputs=("score",))
+    farm.add_models(fake_spec("org/m"), ranks)
+    engine = open_engine(farm.database_url)
+    with Session(engine) as session, session.begin():
+        key = keys.create(session, tenant="default", actor="test", reason="test")
+    engine.dispose()
+    farm.start_worker()
+    settings = {"DATABASE_URL": farm.database_url, "EXTRA_FAMILIES": f"fake={PLACE}", "AUTH": "keys"}
+    web = start_web(redis_server.url, directory, (), **settings)
+    command = [str(PYTHON), "tests/sdk/calls.py", request.param, f"http://127.0.0.1:{web.port}", key.key]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    stop_web(web)
+    farm.close()
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["version"] == "0.10.1"
+    return found["answers"]
+
+
+def test_its_vectors_are_the_models(said: dict[str, Any]) -> None:
+    one = said["encode one"]["result"]
+    assert one["id"] == "a"
+    assert np.allclose(one["dense"], fake_vector("one"), atol=1e-6)
+    assert one["request"]["usage"]["input_tokens"] > 0
+    many = said["encode many"]["result"]
+    assert np.allclose([item["dense"] for item in many], [fake_vector("one"), fake_vector("two")], atol=1e-6)
+    assert said["encode as a query"]["result"]["dense"] == one["dense"]
+    assert max(map(abs, said["encode in int8"]["result"]["dense"])) == 127
+
+
+def test_its_scores_are_the_models(said: dict[str, Any]) -> None:
+    expected = sorted([(fake_score("q", "one"), "x"), (fake_score("q", "two"), "item-1")], reverse=True)
+    found = said["score"]["result"]["scores"]
+    assert [(one["item_id"], one["rank"]) for one in found] == [(name, at) for at, (_, name) in enumerate(expected)]
+    assert np.allclose([one["score"] for one in found], [score for score, _ in expected])
+
+
+def test_it_reads_what_is_served(said: dict[str, Any]) -> None:
+    assert {model["name"] for model in said["models"]["result"]} == {"org/m", "org/rank"}
+    assert said["model"]["result"]["dims"] == {"dense": 4}
+
+
+def test_it_reads_errors(said: dict[str, Any]) -> None:
+    for call, code, status in (
+        ("unknown model", "MODEL_NOT_FOUND", 404),
+        ("wrong output", "INVALID_INPUT", 400),
+        ("model that there is not", "MODEL_NOT_FOUND", 404),
+    ):
+        error = said[call]["error"]
+        assert (error["kind"], error["code"], error["status"]) == ("RequestError", code, status)

@@ -1,0 +1,77 @@
+"""Calls of the public SIE SDK against a farm, run by the Python that the SDK is installed in; prints what came as JSON.
+
+``calls.py sync|async <base url> <key>``. The SDK is not changed; its clients are used as its documents say.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import sie_sdk
+from sie_sdk import Item, SIEAsyncClient, SIEClient
+
+
+def plain(value: Any) -> Any:
+    """What JSON can carry."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    if hasattr(value, "__dict__") and not isinstance(value, type):
+        return plain(vars(value))
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "encode one": lambda client: client.encode("org/m", Item(text="one", id="a")),
+    "encode many": lambda client: client.encode("org/m", [Item(text="one"), Item(text="two")]),
+    "encode as a query": lambda client: client.encode("org/m", Item(text="one"), is_query=True),
+    "encode in int8": lambda client: client.encode("org/m", Item(text="one"), output_dtype="int8"),
+    "score": lambda client: client.score("org/rank", Item(text="q"), [Item(text="one", id="x"), Item(text="two")]),
+    "models": lambda client: client.list_models(),
+    "model": lambda client: client.get_model("org/m"),
+    "unknown model": lambda client: client.encode("org/none", Item(text="one")),
+    "wrong output": lambda client: client.encode("org/m", Item(text="one"), output_types=["sparse"]),
+    "model that there is not": lambda client: client.get_model("org/none"),
+}
+
+
+def told(name: str, result: Any) -> tuple[str, Any]:
+    return name, {"result": plain(result)}
+
+
+def failed(name: str, error: Exception) -> tuple[str, Any]:
+    said = {"kind": type(error).__name__, "code": getattr(error, "code", None), "text": str(error)}
+    return name, {"error": {**said, "status": getattr(error, "status_code", None)}}
+
+
+def run_sync(url: str, key: str) -> dict[str, Any]:
+    found = []
+    with SIEClient(url, api_key=key) as client:
+        for name, call in CALLS.items():
+            try:
+                found.append(told(name, call(client)))
+            except Exception as error:  # noqa: BLE001 - which one it is, is what is asked
+                found.append(failed(name, error))
+    return dict(found)
+
+
+async def run_async(url: str, key: str) -> dict[str, Any]:
+    found = []
+    async with SIEAsyncClient(url, api_key=key) as client:
+        for name, call in CALLS.items():
+            try:
+                found.append(told(name, await call(client)))
+            except Exception as error:  # noqa: BLE001 - which one it is, is what is asked
+                found.append(failed(name, error))
+    return dict(found)
+
+
+if __name__ == "__main__":
+    mode, url, key = sys.argv[1:4]
+    answers = run_sync(url, key) if mode == "sync" else asyncio.run(run_async(url, key))
+    json.dump({"version": sie_sdk.__version__, "answers": answers}, sys.stdout)
