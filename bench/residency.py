@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from http.client import HTTPConnection
 from pathlib import Path
 from re import compile as pattern
@@ -156,6 +157,7 @@ def models(count: int) -> Iterator[Sequence[Path]]:
         rmtree(folder, ignore_errors=True)
 
 
+@cache
 def _zipf(effort: Effort) -> tuple[Measured, Measured]:
     """Both figures of one run."""
     ratio, share = Measured(), Measured()

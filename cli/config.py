@@ -16,6 +16,7 @@ from common.settings import CommonSettings, load_settings
 
 if TYPE_CHECKING:
     from config_db.config_files import ConfigFiles
+    from config_db.convergence import Epoch
     from config_db.history import RowChange
 
 app = typer.Typer(help="The config DB: what is served.", no_args_is_help=True)
@@ -100,7 +101,7 @@ def apply(
         from cli.converging import await_epoch
 
         redis_url = local_farm.redis_url(data_dir)
-        count = await_epoch(redis_url, published.epoch, published.epoch_id, timeout_s=timeout)
+        count = await_epoch(redis_url, published.epoch, present=lambda: _present(url), timeout_s=timeout)
         Screen().say(f"epoch {published.epoch} is served by {_count(count, 'live process', 'live processes')}")
 
 
@@ -116,7 +117,7 @@ def export(
     """Write what is served as YAML files, which apply reads back. Never keys."""
     from cli import export_folder
     from cli.database import reading
-    from config_db.publish import epoch_now
+    from config_db.epochs import epoch_now
 
     replaced = export_folder.check_free(directory, force=force, families=_families())
     with reading(local_farm.database_url(data_dir)) as session:
@@ -170,8 +171,8 @@ def diff(
 ) -> None:
     """Show what differs between two epochs, keys apart."""
     from cli.database import reading
+    from config_db.epochs import epoch_now
     from config_db.history import changes_between
-    from config_db.publish import epoch_now
 
     with reading(local_farm.database_url(data_dir)) as session:
         last = epoch_now(session)[0] if after is None else after
@@ -190,8 +191,10 @@ def rollback(
     """Bring back the contents of an epoch, keys apart: one that was revoked stays so."""
     from cli import changes
     from cli.database import reading, writing
-    from config_db.publish import epoch_now, planned, undoing
-    from config_db.publish import rollback as roll_back
+    from config_db.epochs import epoch_now
+    from config_db.past import rollback as roll_back
+    from config_db.past import undoing
+    from config_db.publish import planned
 
     url = local_farm.database_url(data_dir)
     with reading(url) as session:
@@ -248,8 +251,17 @@ def _read(directory: Path) -> "ConfigFiles":
 
 def _families() -> list[str]:
     """Names of the operator's own families."""
-    extra = load_settings(CommonSettings).extra_families
-    return [part.partition("=")[0].strip() for part in extra.split(",") if part.strip()]
+    return [*load_settings(CommonSettings).family_places]
+
+
+def _present(url: str) -> "Epoch":
+    from cli.database import reading
+    from config_db.convergence import Epoch
+    from config_db.epochs import epoch_now
+
+    with reading(url) as session:
+        number, epoch_id = epoch_now(session)
+    return Epoch(number, str(epoch_id))
 
 
 def _planned(
@@ -258,7 +270,8 @@ def _planned(
     """What the files would change, and the epoch that they are compared with."""
     from cli import changes
     from cli.database import reading
-    from config_db.publish import check_expected, epoch_now
+    from config_db.epochs import epoch_now
+    from config_db.publish import check_expected
     from config_db.reconcile import plan_files
 
     with reading(url) as session:

@@ -1,12 +1,12 @@
 """Waiting until every live process of a farm serves an epoch, as they tell it in Redis."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Final
-from uuid import UUID
 
 from common.errors import SetupError
+from config_db.convergence import Epoch, has_reached
 from tasks.client import FarmClient
 
 LOOK_S: Final = 0.1
@@ -15,19 +15,20 @@ SHOWN: Final = 10
 
 @dataclass(frozen=True)
 class _Process:
-    """One live process and the epoch it serves; ``epoch_id`` is empty if it tells none."""
+    """One live process and the epoch it serves."""
 
     name: str
-    epoch: int
-    epoch_id: str
-
-    def has_reached(self, epoch: int, epoch_id: str) -> bool:
-        """Whether it serves this epoch or a later one; another id at the same number is another history."""
-        return self.epoch > epoch or (self.epoch == epoch and self.epoch_id in (epoch_id, ""))
+    served: Epoch
 
 
-def await_epoch(redis_url: str, epoch: int, epoch_id: UUID, *, timeout_s: float) -> int:
+def await_epoch(redis_url: str, epoch: int, *, present: Callable[[], Epoch], timeout_s: float) -> int:
     """Wait until every live worker and web process serves this epoch or a later one; return how many there are.
+
+    Args:
+        redis_url: where they tell it.
+        epoch: its number.
+        present: the present epoch of the config DB.
+        timeout_s: how long to wait.
 
     Raises:
         SetupError: some do not after ``timeout_s``; names them.
@@ -38,7 +39,10 @@ def await_epoch(redis_url: str, epoch: int, epoch_id: UUID, *, timeout_s: float)
     try:
         while True:
             processes = _live(client)
-            late = [process for process in processes if not process.has_reached(epoch, str(epoch_id))]
+            late = [process for process in processes if process.served.number < epoch]
+            if not late:  # else the config DB need not be asked
+                now = present()
+                late = [process for process in processes if not has_reached(process.served, epoch, now)]
             if not late:
                 return len(processes)
             if monotonic() >= give_up_at:
@@ -49,12 +53,12 @@ def await_epoch(redis_url: str, epoch: int, epoch_id: UUID, *, timeout_s: float)
 
 
 def _live(client: FarmClient) -> list[_Process]:
-    workers = [_Process(f"worker {one.node}", one.epoch, one.epoch_id) for one in client.workers()]
-    return workers + [_Process(f"web {one.name}", one.epoch, one.epoch_id) for one in client.web_processes()]
+    workers = [_Process(f"worker {one.node}", Epoch(one.epoch, one.epoch_id)) for one in client.workers()]
+    return workers + [_Process(f"web {one.name}", Epoch(one.epoch, one.epoch_id)) for one in client.web_processes()]
 
 
 def _told(late: Sequence[_Process], processes: Sequence[_Process], epoch: int, timeout_s: float) -> str:
-    names = ", ".join(f"{process.name} at {process.epoch}" for process in late[:SHOWN])
+    names = ", ".join(f"{process.name} at {process.served.number}" for process in late[:SHOWN])
     more = f" and {len(late) - SHOWN} more" if len(late) > SHOWN else ""
     share = f"{len(late)} of {len(processes)} processes"
     return f"epoch {epoch} is published, but after {timeout_s:g} s {share} do not serve it: {names}{more}"

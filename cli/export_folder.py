@@ -12,8 +12,8 @@ from config_db.access import PoolSpec, TenantSpec
 from config_db.config_files import SECTIONS, STAMPED, read_files
 from config_db.export import file_paths, model_yaml, ordered, to_yaml
 from config_db.json_schema import schema_text
+from config_db.owners import belongs_in_files
 from config_db.publish import live
-from config_db.reconcile import belongs_in_files
 from config_db.rows import newer_fields, read_row, read_row_as
 from config_db.schema import Kind
 from config_db.spec import ModelSpec

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from threading import BoundedSemaphore, Event, Lock
 from time import monotonic
 from typing import Annotated, Any, Final, NamedTuple
+from uuid import UUID
 
 import msgspec
 from sqlalchemy import Engine, func, select, text
@@ -17,14 +18,13 @@ from sqlalchemy.orm import Session
 
 from common.errors import CapacityError, FarmError, ModelNotFoundError, ModelUnsupportedError, error_from_dict
 from common.logs import get_logger
-from config_db.catalog import as_json
 from config_db.engine import transaction
-from config_db.epochs import lock_epoch
+from config_db.epochs import epoch_now, lock_epoch
 from config_db.families import why_unsupported
-from config_db.publish import Put, epoch_now, live, publish
+from config_db.publish import Put, live, publish
 from config_db.rows import read_row
-from config_db.schema import ModelRow
-from config_db.spec import MAX_ID, ModelSpec, Positive
+from config_db.schema import HistoryRow, ModelRow
+from config_db.spec import MAX_ID, ModelSpec, Positive, plain
 
 log = get_logger("config_db")
 
@@ -86,16 +86,29 @@ def register(session: Session, model_id: str, *, allow: Allow, describe: Callabl
     there = live(session, "model", [model_id]).get(model_id)
     if there is not None:
         return Found(read_row(model_id, there), epoch_now(session)[0])
+    if _was_deleted(session, model_id):
+        raise ModelNotFoundError(
+            f"the model {model_id!r} was deleted here: it comes back only when somebody adds it",
+            param="model",
+            details={"nearest": []},
+        )
     spec = describe(model_id)
     reason = why_unsupported(spec, ())
     if reason is not None:
         raise ModelUnsupportedError(f"{model_id!r} on the Hub cannot be served: {reason}", param="model")
     lock_epoch(session)
     _check_room(session, model_id, allow.most)
-    put = Put("model", model_id, as_json(spec), "auto")
+    put = Put("model", model_id, plain(spec), "auto")
     published = publish(session, [put], actor=ACTOR, reason=f"asked for; {allow.pattern_of(model_id)} is allowed")
     log.info("model_registered", model=model_id, family=spec.family, revision=spec.source.revision)
     return Found(spec, published.epoch)
+
+
+def _was_deleted(session: Session, model_id: str) -> bool:
+    """Whether somebody took the model away; tombstones go in time, the history stays."""
+    changes = select(HistoryRow.after).where(HistoryRow.kind == "model", HistoryRow.name == model_id)
+    last = session.execute(changes.order_by(HistoryRow.id.desc()).limit(1)).one_or_none()
+    return last is not None and last.after is None
 
 
 def _check_room(session: Session, model_id: str, most: int) -> None:
@@ -118,12 +131,12 @@ class Registrar:
         self._at_once = BoundedSemaphore(AT_ONCE)
         self._flights: dict[str, _Flight] = {}
         self._refused: OrderedDict[str, tuple[float, FarmError]] = OrderedDict()
-        self._found: OrderedDict[str, Found] = OrderedDict()
+        self._found: OrderedDict[str, tuple[UUID, Found]] = OrderedDict()
         self._looked_up: deque[float] = deque()
         self._patience: tuple[float, FarmError] | None = None
 
-    def find(self, model_id: str, *, allow: Allow, epoch: int) -> Found | None:
-        """A model that the snapshot of ``epoch`` lacks; None if its id is not allowed.
+    def find(self, model_id: str, *, allow: Allow, epoch_id: UUID) -> Found | None:
+        """A model that the snapshot of this epoch lacks; None if its id is not allowed.
 
         Raises:
             CapacityError: not now; says when.
@@ -133,11 +146,11 @@ class Registrar:
             return None
         with self._lock:
             known = self._found.get(model_id)
-            if known is not None and known.epoch > epoch:  # the snapshot is about to have it
-                return known
+            if known is not None and known[0] == epoch_id:  # the snapshot is about to have it
+                return known[1]
             flight, is_first = self._board(model_id, allow)
         if is_first:
-            self._fly(flight, model_id, allow)
+            self._fly(flight, model_id, allow, epoch_id)
         elif not flight.landed.wait(WAIT_S):
             raise CapacityError(f"looking {model_id!r} up on the Hub takes too long", retry_after_s=REMEMBERED_S)
         return flight.result()
@@ -162,7 +175,8 @@ class Registrar:
         flight = self._flights[model_id] = _Flight()
         return flight, True
 
-    def _fly(self, flight: "_Flight", model_id: str, allow: Allow) -> None:
+    def _fly(self, flight: "_Flight", model_id: str, allow: Allow, epoch_id: UUID) -> None:
+        flight.error = cut_off = CapacityError(f"looking {model_id!r} up was cut off: try again soon")
         try:
             found = self._register(model_id, allow)
         except FarmError as error:
@@ -172,11 +186,13 @@ class Registrar:
             flight.error = FarmError(f"looking {model_id!r} up went wrong inside the farm; the log says what")
             log.exception("model_not_registered", model=model_id, error=str(error))
         else:
-            flight.found = found
-        with self._lock:
-            del self._flights[model_id]
-            self._remember(model_id, flight)
-        flight.landed.set()
+            flight.found, flight.error = found, None
+        finally:  # also where a greenlet is killed: whoever waits goes on, and the next one looks anew
+            with self._lock:
+                del self._flights[model_id]
+                if flight.error is not cut_off:
+                    self._remember(model_id, flight, epoch_id)
+            flight.landed.set()
 
     def _register(self, model_id: str, allow: Allow) -> Found:
         if not self._at_once.acquire(timeout=WAIT_S):
@@ -187,9 +203,9 @@ class Registrar:
         finally:
             self._at_once.release()
 
-    def _remember(self, model_id: str, flight: "_Flight") -> None:
+    def _remember(self, model_id: str, flight: "_Flight", epoch_id: UUID) -> None:
         if flight.found is not None:
-            _keep(self._found, model_id, flight.found)
+            _keep(self._found, model_id, (epoch_id, flight.found))
         elif isinstance(flight.error, CapacityError):
             self._patience = (monotonic() + (flight.error.retry_after_s or 1.0), flight.error)
         elif flight.error is not None:

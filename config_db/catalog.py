@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -52,12 +51,7 @@ def apply_models(
         EpochConflictError: something else was published since.
         ConfigError: two models would share a name.
     """
-    puts: list[Put | Delete] = [Put("model", spec.id, as_json(spec), origin) for spec in specs]
+    puts: list[Put | Delete] = [Put("model", spec.id, plain(spec), origin) for spec in specs]
     named = {put.name for put in puts}
     gone = [Delete("model", name) for name in live(session, "model") if name not in named] if prune else []
     return publish(session, [*puts, *gone], actor=actor, reason=reason, expected=expected).epoch
-
-
-def as_json(spec: ModelSpec) -> dict[str, Any]:
-    """A spec as it stands in its row: only what JSON knows, so that what is read back equals what was written."""
-    return plain(spec)

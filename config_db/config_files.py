@@ -15,8 +15,9 @@ import msgspec
 from common.errors import ConfigError, FarmError, SetupError
 from config_db.access import PoolNamed, PoolSpec, TenantNamed, TenantSpec
 from config_db.documents import convert, parse, read_model
-from config_db.faults import Fault, all_faults
 from config_db.field_paths import joined
+from config_db.file_faults import Fault, all_faults
+from config_db.owners import LEASED
 from config_db.publish import Put
 from config_db.schema import Kind
 from config_db.spec import ModelSpec, plain
@@ -26,8 +27,6 @@ MAX_FILE_BYTES: Final = 16 << 20
 SECTIONS: Final[Mapping[str, Kind]] = {"models": "model", "pools": "pool", "tenants": "tenant", "settings": "setting"}
 STAMPED: Final = "created_at"
 """Set by the farm when a pool is made; no file says it."""
-LEASED: Final = ("expires_at", "client")
-"""What only a pool under a lease says: that one is its client's."""
 _SETTING_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
 

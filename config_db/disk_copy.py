@@ -14,7 +14,7 @@ from uuid import UUID
 import msgspec
 
 from common.logs import get_logger
-from config_db.changes import FIELDS, UNREADABLE, read_spec
+from config_db.newer_rows import FIELDS, UNREADABLE, read_spec
 from config_db.schema import Kind
 from config_db.snapshot import Snapshot
 

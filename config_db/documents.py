@@ -22,6 +22,8 @@ MAX_DEPTH: Final = 32
 MAX_DIGITS: Final = 100
 NODE_BYTES: Final = 8
 """A document has at most one value for so many of the bytes that it may have: each costs time, however short it is."""
+MAX_VALUES: Final = 20_000
+"""Values that one spec is made of: several times those of a model with as many profiles as it may have."""
 _ERROR_SHOWN: Final = 500
 _TEXT: Final = "tag:yaml.org,2002:str"
 _NUMBERS: Final = frozenset(("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"))
@@ -51,6 +53,7 @@ def parse(raw: bytes, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> Any:
         content = _parse_json(text) if text.lstrip().startswith("{") else None
         if content is None:
             content = _parse_yaml(text, most_nodes=max_bytes // NODE_BYTES)
+        _check_count(content, max_bytes // NODE_BYTES)
         _check_plain(content, "", 0)
     except UnicodeDecodeError as error:
         raise DocumentError(f"the document is not UTF-8: byte {error.start}") from error
@@ -89,6 +92,18 @@ def _parse_yaml(text: str, *, most_nodes: int) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _check_count(content: Any, most: int) -> None:
+    """DocumentError for more values than ``most``, before anything slower looks at them."""
+    count, waiting = 1, [content]
+    while waiting:
+        part = waiting.pop()
+        inner = part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+        count += len(inner)
+        if count > most:
+            raise DocumentError(f"more than {most} values in one document")
+        waiting += [one for one in inner if isinstance(one, (dict, list, tuple))]
 
 
 def _check_plain(value: Any, path: str, depth: int) -> None:
@@ -196,6 +211,7 @@ def read_model(document: Any, *, families: Collection[str] = ()) -> ModelSpec:
 
 def convert(content: Any, kind: type[T], *, at: str = "") -> T:
     """Plain content as a struct of a spec; ConfigError with the field's path, below ``at``, if it is none."""
+    _check_count(content, MAX_VALUES)
     _check_plain(content, at, 0)
     try:
         return msgspec.convert(content, kind)

@@ -11,6 +11,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from sqlalchemy.orm import Session
 
 from common.errors import ConfigUnavailableError, SetupError
+from common.logs import get_logger
+
+log = get_logger("config_db")
 
 CONNECT_TIMEOUT_S: Final = 3
 SILENCE_S: Final = 10
@@ -81,7 +84,8 @@ def transaction(engine: Engine) -> Iterator[Session]:
     except DBAPIError as error:
         if not is_away(error):
             raise
-        message = f"the config DB does not answer, so nothing can be changed: {reason(error)}"
+        log.warning("config_db_away", reason=reason(error))  # names hosts, which callers are not told
+        message = "the config DB does not answer, so nothing can be changed"
         raise ConfigUnavailableError(message, retry_after_s=RETRY_AFTER_S) from error
 
 

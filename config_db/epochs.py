@@ -1,6 +1,6 @@
 """The epoch: one number that rises with every change, so that readers know cheaply whether they are up to date."""
 
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -23,3 +23,9 @@ def raise_epoch(session: Session, epoch: FarmEpoch, *, actor: str, reason: str) 
     session.add(EpochRow(number=epoch.number, id=epoch.id, actor=actor, reason=reason, raised_at=at))
     session.flush()
     return epoch.number
+
+
+def epoch_now(session: Session) -> tuple[int, UUID]:
+    """Number and random id of the present epoch."""
+    number, epoch_id = session.execute(select(FarmEpoch.number, FarmEpoch.id)).one()
+    return number, epoch_id

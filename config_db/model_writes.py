@@ -4,6 +4,7 @@ Each function takes the epoch's lock before it reads, so that what it decides on
 """
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -15,10 +16,12 @@ from config_db.diff import differences, is_same
 from config_db.documents import read_model
 from config_db.epochs import lock_epoch
 from config_db.publish import Delete, Published, Put, live, publish
-from config_db.rows import read_row
+from config_db.rows import newer_fields, read_row
 from config_db.spec import DEFAULT_PROFILE, FieldError, ModelId, ModelSpec, check_id, plain
 
 ID_KEYS: Final = ("model_id", "sie_id", "id")
+_FIELDS_SHOWN: Final = 10
+_NONE: Final[Mapping[str, str]] = MappingProxyType({})
 _MERGED: Final = ("profiles", "adapters")
 """What adding to a model adds to; every other field must be as it is."""
 
@@ -59,7 +62,7 @@ def check_model_id(name: str) -> str:
     return name
 
 
-def understand(document: Any, *, model_id: str | None = None, places: Mapping[str, str] = {}) -> Given:
+def understand(document: Any, *, model_id: str | None = None, places: Mapping[str, str] = _NONE) -> Given:
     """A document, ours or of the public form, whose id stands under any of ``ID_KEYS``.
 
     Args:
@@ -171,6 +174,13 @@ def _stored(session: Session, model_id: str) -> dict[str, Any] | None:
     content = live(session, "model", [model_id]).get(model_id)
     if content is None:
         return None
+    newer = newer_fields(ModelSpec, content)
+    if newer:
+        raise ContentConflictError(
+            f"a newer release has written {', '.join(newer[:_FIELDS_SHOWN])} of the model {model_id!r}, which this one "
+            "would take away: change it through the newer release, or PUT it",
+            details={"newer_fields": newer[:_FIELDS_SHOWN]},
+        )
     try:
         return plain(read_row(model_id, content))
     except msgspec.ValidationError as error:

@@ -1,7 +1,8 @@
 """Every change of the config DB, of whatever kind: one transaction, one new epoch, one line of history a row.
 
 ``publish`` is the only writer of the tables that readers fetch. It locks the epoch row first, so writers queue there
-and each sees what the one before has committed; the caller's commit makes all of it true at once, or none.
+and each sees what the one before has committed; the caller's commit makes all of it true at once, or none. What stood
+there before, and the way back to it, is for ``past``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +14,13 @@ from sqlalchemy import delete, func, insert, select, text
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
-from common.errors import ConfigError, EpochConflictError, NotFoundError
+from common.errors import ConfigError, EpochConflictError
 from config_db.diff import is_same
 from config_db.epochs import lock_epoch, raise_epoch
-from config_db.schema import ROWS, TOMBSTONE_KEPT, EpochRow, FarmEpoch, HistoryRow, Kind, ModelRow, Origin
+from config_db.schema import ROWS, TOMBSTONE_KEPT, HistoryRow, Kind, ModelRow, Origin
 
 CHANNEL: Final = "farmhand_epoch"
 """NOTIFY channel on which each new epoch's number is told when its transaction commits."""
-RESTORED: Final[Sequence[Kind]] = ("setting", "tenant", "pool", "model")
-"""What a rollback brings back. Never keys: one that was revoked stays so."""
 
 
 class Put(msgspec.Struct, frozen=True):
@@ -131,50 +130,6 @@ def live(session: Session, kind: Kind, names: Iterable[str] | None = None) -> di
     return {row.id: row.spec for row in session.execute(statement)}
 
 
-def contents_at(
-    session: Session, epoch: int, kinds: Sequence[Kind] = RESTORED
-) -> dict[Kind, dict[str, dict[str, Any]]]:
-    """What stood in the tables as of an epoch: today's rows with every later change undone.
-
-    Raises:
-        NotFoundError: there was no such epoch.
-    """
-    if session.scalar(select(EpochRow.number).where(EpochRow.number == epoch)) is None:
-        raise NotFoundError(f"the history knows no epoch {epoch}", param="epoch")
-    contents = {kind: live(session, kind) for kind in kinds}
-    later = (
-        select(HistoryRow.kind, HistoryRow.name, HistoryRow.before)
-        .where(HistoryRow.epoch > epoch, HistoryRow.kind.in_(list(kinds)))
-        .order_by(HistoryRow.id.desc())
-    )
-    for kind, name, before in session.execute(later):
-        if before is None:
-            contents[kind].pop(name, None)
-        else:
-            contents[kind][name] = before
-    return contents
-
-
-def rollback(session: Session, to: int, *, actor: str, reason: str, expected: int | None = None) -> Published:
-    """A new epoch with the contents of an old one. Keys are left as they are (``RESTORED``).
-
-    Raises:
-        NotFoundError: there was no such epoch.
-        EpochConflictError: as ``publish``.
-    """
-    lock_epoch(session)
-    return publish(session, undoing(session, to), actor=actor, reason=reason, expected=expected)
-
-
-def undoing(session: Session, to: int) -> list[Put | Delete]:
-    """The writes that bring back the contents of an epoch; NotFoundError if there was no such epoch."""
-    writes: list[Put | Delete] = []
-    for kind, rows in contents_at(session, to).items():
-        writes += [Put(kind, name, spec) for name, spec in rows.items()]
-        writes += [Delete(kind, name) for name in live(session, kind) if name not in rows]
-    return writes
-
-
 def _changes(session: Session, wanted: Mapping[tuple[Kind, str], Put | Delete]) -> list[Change]:
     present = {
         kind: live(session, kind, [name for other, name in wanted if other == kind])
@@ -236,9 +191,3 @@ def _check_names(session: Session, changed: Mapping[str, Mapping[str, Any] | Non
             if owner != name:
                 at = "aliases" if name in changed else None
                 raise ConfigError(f"model {name!r}: the alias {alias!r} is a name of model {owner!r} already", param=at)
-
-
-def epoch_now(session: Session) -> tuple[int, UUID]:
-    """Number and random id of the present epoch."""
-    number, epoch_id = session.execute(select(FarmEpoch.number, FarmEpoch.id)).one()
-    return number, epoch_id

@@ -17,17 +17,19 @@ from sqlalchemy.orm import Session
 
 from common.errors import SetupError
 from common.logs import get_logger
-from config_db.changes import PRESENT, read_changes
 from config_db.disk_copy import read_copy, write_copy
 from config_db.engine import conninfo, is_away, open_engine, reason
 from config_db.listening import Listener
+from config_db.newer_rows import PRESENT, read_changes
 from config_db.snapshot import EMPTY, Snapshot
 from config_db.spec import ModelSpec
 
 log = get_logger("config_db")
 
 KEPT_SPECS: Final = 1024
-"""This many specs that were changed or deleted last stay known, so that requests under way finish on theirs."""
+KEPT_CHANGES: Final = 8
+"""Specs that were changed or deleted last stay known, so that requests under way finish on theirs: ``KEPT_SPECS``, or
+those of so many changes of all that is served."""
 JITTER: Final = 0.2
 """Processes spread their polls by this share of the interval."""
 POLL_GAP_S: Final = 0.05
@@ -158,7 +160,8 @@ class SnapshotReader:
                 if fresh.by_digest(spec.digest) is None:
                     self._retired[spec.digest] = spec
                     self._retired.move_to_end(spec.digest)
-        while len(self._retired) > KEPT_SPECS:
+        most = max(KEPT_SPECS, KEPT_CHANGES * max(self._snapshot.spec_count(), fresh.spec_count()))
+        while len(self._retired) > most:
             self._retired.popitem(last=False)
 
     def _keep_copy(self, *, at_once: bool = False) -> None:

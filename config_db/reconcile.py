@@ -7,13 +7,10 @@ import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from common.errors import ConfigError
-from config_db.access import DEFAULT_TENANT, KeySpec, PoolSpec
-from config_db.config_files import LEASED, STAMPED, ConfigFiles
-from config_db.engine import time_now
+from config_db.config_files import STAMPED, ConfigFiles
 from config_db.epochs import lock_epoch
+from config_db.owners import belongs_in_files, check_owners
 from config_db.publish import Change, Delete, Published, Put, live, planned, publish
-from config_db.rows import read_rows
 from config_db.schema import Kind, ModelRow
 
 
@@ -24,7 +21,7 @@ def plan_files(session: Session, files: ConfigFiles, *, prune: bool) -> tuple[Ch
         ConfigError: as ``apply_files``.
     """
     changes = planned(session, _writes(session, files, prune=prune))
-    _check_owners(session, changes)
+    check_owners(session, changes)
     return changes
 
 
@@ -50,13 +47,8 @@ def apply_files(
     lock_epoch(session)
     writes = _writes(session, files, prune=prune)
     published = publish(session, writes, actor=actor, reason=reason, expected=expected)
-    _check_owners(session, published.changes)
+    check_owners(session, published.changes)
     return published
-
-
-def belongs_in_files(kind: Kind, content: Mapping[str, Any]) -> bool:
-    """Whether a row is the operator's own and no key; a pool under a lease is its client's."""
-    return kind != "key" and not (kind == "pool" and any(field in content for field in LEASED))
 
 
 def _writes(session: Session, files: ConfigFiles, *, prune: bool) -> list[Put | Delete]:
@@ -85,32 +77,3 @@ def _with_stamp(put: Put, row: Mapping[str, Any] | None) -> Put:
     if put.kind != "pool" or row is None or STAMPED not in row:
         return put
     return msgspec.structs.replace(put, spec={**put.spec, STAMPED: row[STAMPED]})
-
-
-def _check_owners(session: Session, changes: Collection[Change]) -> None:
-    """ConfigError if, after these changes, a pool or a usable key is of a tenant that is not there."""
-    if not any(change.kind in ("tenant", "pool") for change in changes):
-        return
-    now = time_now(session)
-    tenants = {DEFAULT_TENANT, *_after(session, "tenant", changes)}
-    keys = read_rows(KeySpec, live(session, "key"))
-    pools = read_rows(PoolSpec, _after(session, "pool", changes))
-    owners = [(f"key {name}", spec.tenant) for name, spec in keys.items() if spec.is_usable(now)]
-    owners += [
-        (f"pool {name}", spec.tenant) for name, spec in pools.items() if spec.tenant and not spec.is_expired(now)
-    ]
-    for what, tenant in owners:
-        if tenant not in tenants:
-            raise ConfigError(f"{what} is of the tenant {tenant!r}, which would not be there", param="tenants")
-
-
-def _after(session: Session, kind: Kind, changes: Collection[Change]) -> dict[str, dict[str, Any]]:
-    rows = live(session, kind)
-    for change in changes:
-        if change.kind != kind:
-            continue
-        if change.after is None:
-            rows.pop(change.name, None)
-        else:
-            rows[change.name] = change.after
-    return rows

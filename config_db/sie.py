@@ -4,6 +4,7 @@ Nothing is guessed: what has no counterpart here is left out and named in a warn
 """
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
@@ -58,6 +59,9 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "yes_token": "yes_token",
 }
 """Options of our families by the options of adapters that mean the same."""
+
+
+_NO_PLACES: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class Translated(msgspec.Struct, frozen=True):
@@ -118,7 +122,7 @@ def is_sie(document: Mapping[str, Any]) -> bool:
     )
 
 
-def translate(document: Mapping[str, Any], *, places: Mapping[str, str] = {}) -> Translated:
+def translate(document: Mapping[str, Any], *, places: Mapping[str, str] = _NO_PLACES) -> Translated:
     """What a document of the public form says, in our fields, without the model's id.
 
     Args:

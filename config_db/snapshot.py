@@ -3,7 +3,6 @@
 How it is read and kept current is for ``reader``.
 """
 
-import difflib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
@@ -14,12 +13,12 @@ import msgspec
 
 from common.errors import ModelNotFoundError
 from config_db.access import KeySpec, PoolSpec, TenantSpec
+from config_db.likeness import Likeness
 from config_db.spec import DEFAULT_PROFILE, ModelSpec
 
 NEAREST: Final = 3
 NAME_SHOWN: Final = 200
 """No model's id is longer; of a longer name that is asked for, so much is compared and repeated."""
-KEPT_MISSES: Final = 256
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -69,7 +68,11 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
 
     def prepare(self) -> None:
         """Make what looking up needs, which the first request would wait for otherwise."""
-        _ = self._names, self._digests
+        _ = self._names, self._digests, self._likeness
+
+    def spec_count(self) -> int:
+        """How many specs there are, those of profiles included."""
+        return len(self._digests)
 
     def _by_alias_and_profile(self, name: str) -> ModelSpec | None:
         model, colon, profile = name.rpartition(":")
@@ -95,35 +98,16 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
         return [profile for spec in self.models.values() if spec.profiles for profile in spec.profile_specs]
 
     @cached_property
-    def _similar(self) -> Mapping[str, str]:
-        """Ids by what callers may take for them: names and their last part, in lower case."""
-        similar: dict[str, str] = {}
-        for known in sorted(self._names):
-            similar.setdefault(known.lower(), self._names[known].id)
-            similar.setdefault(known.lower().rpartition("/")[2], self._names[known].id)
-        return similar
-
-    @cached_property
-    def _misses(self) -> dict[str, list[str]]:
-        """What was found to be similar to names that were asked for in vain."""
-        return {}
+    def _likeness(self) -> Likeness:
+        return Likeness((name, spec.id) for spec in self.models.values() for name in (spec.id, *spec.aliases))
 
     def _nearest(self, name: str) -> list[str]:
-        """Ids like this name, the most similar first; remembered, since who misspells a name asks again."""
-        wanted = name[:NAME_SHOWN].lower()
-        if wanted not in self._misses:
-            if len(self._misses) >= KEPT_MISSES:
-                self._misses.clear()
-            self._misses[wanted] = self._find_nearest(wanted)
-        return list(self._misses[wanted])
-
-    def _find_nearest(self, wanted: str) -> list[str]:
-        """Compare with every name there is: milliseconds for a thousand models."""
-        last = wanted.rpartition("/")[2]
-        exact = [self._similar[like] for like in (wanted, last) if like in self._similar]
-        close = difflib.get_close_matches(wanted, self._similar, NEAREST, 0.6)
-        close += difflib.get_close_matches(last, self._similar, NEAREST, 0.6) if last != wanted else []
-        return list(dict.fromkeys(exact + [self._similar[like] for like in close]))[:NEAREST]
+        """Ids like this name, the most similar first; of a model's profile where a profile is asked for."""
+        model, colon, profile = name[:NAME_SHOWN].partition(":")
+        spec = self._names.get(model)
+        if colon and spec is not None:
+            return Likeness((one, f"{spec.id}:{one}") for one in spec.profiles).nearest(profile, NEAREST)
+        return self._likeness.nearest(model, NEAREST)
 
 
 EMPTY: Final = Snapshot(0, UUID(int=0))

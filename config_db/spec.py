@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache, cached_property
 from typing import Annotated, Any, Final, Literal
 
@@ -31,6 +31,11 @@ MachineProfile = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]*" + EN
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
 Text = Annotated[str, msgspec.Meta(max_length=10_000)]
+MAX_OPTIONS_BYTES: Final = 8 << 10
+MAX_PROMPTS_BYTES: Final = 64 << 10
+"""Options and prompts, as JSON: every profile of a model has its own, and every reader looks at all of them."""
+Outputs = Annotated[tuple[Output, ...], msgspec.Meta(max_length=MAX_PARTS)]
+Dims = Annotated[dict[str, Positive], msgspec.Meta(max_length=MAX_PARTS)]
 
 _SERVED_ID: Final = r"^[a-zA-Z0-9][a-zA-Z0-9._/-]*(:[a-zA-Z0-9][a-zA-Z0-9._-]*)?" + END
 """A model's id, or that of one of its profiles, which only ``with_profile`` makes: the config DB takes no colon."""
@@ -60,7 +65,7 @@ class Source(_Part, frozen=True, kw_only=True):
 
     hub: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=MAX_ID)] | None = None
     revision: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=100)] | None = None
-    bucket: Annotated[str, msgspec.Meta(pattern=r"^s3://[^/\s]+(/[^\n]*)?" + END, max_length=1000)] | None = None
+    bucket: Annotated[str, msgspec.Meta(pattern=r"^s3://[^/\s@]+(/[^\n]*)?" + END, max_length=1000)] | None = None
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=1000)] | None = None
 
     def __post_init__(self) -> None:
@@ -127,8 +132,8 @@ class Profile(_Part, frozen=True, kw_only=True):
     """A named variant: what it names replaces what the profile it extends, or the model, says."""
 
     extends: Name = DEFAULT_PROFILE
-    outputs: tuple[Output, ...] | None = None
-    dims: dict[str, Positive] | None = None
+    outputs: Outputs | None = None
+    dims: Dims | None = None
     max_length: Positive | None = None
     precision: Precision | None = None
     pooling: Pooling | None = None
@@ -140,8 +145,9 @@ class Profile(_Part, frozen=True, kw_only=True):
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        """FieldError for a template without the text."""
+        """FieldError for a template without the text, and for options and prompts beyond their size."""
         _check_templates(self.templates or {})
+        _check_sizes(self.options, self.prompts)
 
 
 class ModelSpec(_Part, frozen=True, kw_only=True, dict=True):
@@ -159,11 +165,11 @@ class ModelSpec(_Part, frozen=True, kw_only=True, dict=True):
     source: Source
     aliases: Annotated[tuple[ModelId, ...], msgspec.Meta(max_length=MAX_PARTS)] = ()
     description: Text | None = None
-    operations: tuple[Operation, ...] = ("encode",)
-    outputs: tuple[Output, ...] = ("dense",)
-    inputs: tuple[Input, ...] = ("text",)
-    dims: dict[str, Positive] = {}
-    matryoshka: tuple[Positive, ...] = ()
+    operations: Annotated[tuple[Operation, ...], msgspec.Meta(max_length=MAX_PARTS)] = ("encode",)
+    outputs: Outputs = ("dense",)
+    inputs: Annotated[tuple[Input, ...], msgspec.Meta(max_length=MAX_PARTS)] = ("text",)
+    dims: Dims = {}
+    matryoshka: Annotated[tuple[Positive, ...], msgspec.Meta(max_length=MAX_PARTS)] = ()
     max_length: Positive | None = None
     precision: Precision = "auto"
     pooling: Pooling | None = None
@@ -197,6 +203,7 @@ class ModelSpec(_Part, frozen=True, kw_only=True, dict=True):
                 raise FieldError(below("profiles", name), f"the profile {name!r} makes no plain id: it holds '..'")
             self._check_chain(name)
         _check_templates(self.templates)
+        _check_sizes(self.options, self.prompts)
 
     @cached_property
     def digest(self) -> str:
@@ -204,8 +211,7 @@ class ModelSpec(_Part, frozen=True, kw_only=True, dict=True):
 
         Limits, placement, access, aliases, further profiles and adapters are left out: changing them reloads nothing.
         """
-        loaded = {field: value for field, value in plain(self).items() if field not in _SERVED_ONLY}
-        canonical = msgspec.json.encode(loaded, order="deterministic")
+        canonical = msgspec.json.encode(_without(self, _SERVED_ONLY), order="deterministic")
         return hashlib.sha256(canonical).hexdigest()[:16]
 
     def with_profile(self, name: str) -> "ModelSpec":
@@ -249,8 +255,14 @@ def plain(part: msgspec.Struct) -> dict[str, Any]:
 
     Equal specs give equal content, whether their authors wrote the defaults out or not.
     """
+    return _without(part, frozenset())
+
+
+def _without(part: msgspec.Struct, left_out: Collection[str]) -> dict[str, Any]:
     content = {}
     for field in _fields(type(part)):
+        if field.name in left_out:
+            continue
         value = getattr(part, field.name)
         default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
         if value != default:
@@ -274,14 +286,20 @@ def _plain(value: Any) -> Any:
 
 
 def check_id(field: str, name: str) -> None:
-    """FieldError for an id that has the letters of one and still cannot be a model's."""
+    """FieldError for an id or alias that has the letters of one and still cannot be a model's."""
     if ".." in name or "//" in name or name.endswith("/"):
-        raise FieldError(field, f"the id {name!r} is no plain path: it holds '..' or an empty part")
+        raise FieldError(field, f"the name {name!r} is no plain path: it holds '..', or one of its parts is empty")
     if _RESERVED_END.search(name):
-        raise FieldError(field, f"the id {name!r} ends in 'status', which is a route of the API")
+        raise FieldError(field, f"the last part of the name {name!r} is 'status', which is a route of the API")
 
 
 def _check_templates(templates: Mapping[Literal["query", "document"], str]) -> None:
     for name, template in templates.items():
         if "{text}" not in template:
             raise FieldError(f"templates.{name}", f"the template `{name}` has no {{text}}")
+
+
+def _check_sizes(options: Mapping[str, Any] | None, prompts: Mapping[str, str] | None) -> None:
+    for field, part, most in (("options", options, MAX_OPTIONS_BYTES), ("prompts", prompts, MAX_PROMPTS_BYTES)):
+        if part and (size := len(msgspec.json.encode(part))) > most:
+            raise FieldError(field, f"{size} bytes of JSON are more than the {most} that there may be")

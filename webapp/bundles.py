@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from config_db.convergence import Epoch, has_reached
 from config_db.families import FAMILIES, why_unsupported
 from config_db.spec import ModelSpec
 from webapp.fleet import ProcessEpoch
@@ -29,20 +30,21 @@ def bundles_of(spec: ModelSpec, extra: Mapping[str, str]) -> list[str]:
     return [BUNDLE] if why_unsupported(spec, extra) is None else []
 
 
-def bundle_status(spec: ModelSpec, processes: Sequence[ProcessEpoch], epoch: int) -> dict[str, Any]:
-    """Which of the workers that may run a model serve an epoch or a later one."""
+def bundle_status(spec: ModelSpec, processes: Sequence[ProcessEpoch], present: Epoch) -> dict[str, Any]:
+    """Which of the workers that may run a model serve the present epoch."""
     machines = spec.placement.machine_profiles
     eligible = [
         process
         for process in processes
         if process.kind == "worker" and (not machines or process.machine_profile in machines)
     ]
-    pending = [worker.name for worker in eligible if worker.epoch < epoch]
+    acked = [worker.name for worker in eligible if has_reached(worker.served, present.number, present)]
+    pending = [worker.name for worker in eligible if worker.name not in acked]
     return {
         "bundle_id": BUNDLE,
         "expected_bundle_config_hash": spec.digest,
         "total_eligible_workers": len(eligible),
-        "acked_workers": [worker.name for worker in eligible if worker.epoch >= epoch],
+        "acked_workers": acked,
         "pending_workers": pending,
         "acked": bool(eligible) and not pending,
     }

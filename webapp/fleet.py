@@ -6,10 +6,13 @@ who serves which epoch do.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from time import monotonic
 from typing import Final, Literal
 
 from common.errors import QueueUnavailableError
+from config_db.convergence import Epoch, has_reached
+from config_db.snapshot import Snapshot
 from tasks.client import FarmClient
 from tasks.live_workers import WorkerView
 
@@ -26,6 +29,11 @@ class ProcessEpoch:
     epoch: int
     epoch_id: str
 
+    @property
+    def served(self) -> Epoch:
+        """The epoch."""
+        return Epoch(self.epoch, self.epoch_id)
+
 
 class Fleet:
     """Remembers the last look at the live workers, for a second."""
@@ -34,6 +42,9 @@ class Fleet:
         self._client = client
         self._workers: Sequence[WorkerView] = ()
         self._looked_at: float | None = None
+        self._epochs: list[ProcessEpoch] = []
+        self._epochs_at: float | None = None
+        self._looking = Lock()
 
     def workers(self) -> Sequence[WorkerView]:
         """The live workers, at most a second old; QueueUnavailableError if Redis does not answer."""
@@ -52,6 +63,18 @@ class Fleet:
     def queues(self) -> frozenset[str]:
         """Queues that some live worker consumes."""
         return frozenset(queue for worker in self.workers() for queue in worker.queues)
+
+    def epochs_lately(self) -> list[ProcessEpoch]:
+        """As ``epochs``, at most a second old: however many ask, Redis is asked once a second.
+
+        Raises:
+            QueueUnavailableError: Redis does not answer.
+        """
+        with self._looking:
+            if self._epochs_at is None or monotonic() - self._epochs_at > FRESH_S:
+                self._epochs = self.epochs()
+                self._epochs_at = monotonic()
+            return self._epochs
 
     def epochs(self) -> list[ProcessEpoch]:
         """Which epoch each live process serves now, by kind and name.
@@ -82,15 +105,18 @@ class Fleet:
         return sorted([*workers, *webs], key=lambda one: (one.kind, one.name))
 
 
-def has_converged(processes: Sequence[ProcessEpoch], epoch: int, epoch_id: str | None = None) -> bool:
-    """Whether all of these serve this epoch or a later one.
+def present_of(served: Snapshot) -> Epoch:
+    """The epoch that this process serves, as others tell theirs."""
+    return Epoch(served.epoch, str(served.epoch_id))
+
+
+def has_converged(processes: Sequence[ProcessEpoch], present: Epoch, wanted: int | None = None) -> bool:
+    """Whether all of these serve an epoch or a later one (``config_db.convergence``).
 
     Args:
         processes: as ``Fleet.epochs`` gives them.
-        epoch: its number.
-        epoch_id: if this is the present epoch, its id: who is ahead of it, or has another at the same number, has read
-            a history that a restored backup has ended.
+        present: the present epoch, as far as this process knows.
+        wanted: the number of the epoch; the present one unless given.
     """
-    if epoch_id is None:
-        return all(process.epoch >= epoch for process in processes)
-    return all(process.epoch == epoch and process.epoch_id in (epoch_id, "") for process in processes)
+    least = present.number if wanted is None else wanted
+    return all(has_reached(process.served, least, present) for process in processes)

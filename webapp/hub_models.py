@@ -27,7 +27,7 @@ def find(here: Farm, name: str) -> Found:
         return Found(served.model(name), served.epoch)
     except ModelNotFoundError:
         allow = read_allow(served.settings)
-        found = _registrar(here).find(name, allow=allow, epoch=served.epoch) if allow.patterns else None
+        found = _registrar(here).find(name, allow=allow, epoch_id=served.epoch_id) if allow.patterns else None
         if found is None:
             raise
         return found

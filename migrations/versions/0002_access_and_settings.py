@@ -1,4 +1,4 @@
-"""Pools, tenants, API keys, settings, idempotency keys; placement of models under one field of their specs."""
+"""Pools, tenants, API keys, settings, idempotency keys; how each model came here."""
 
 import sqlalchemy as sa
 from alembic import op

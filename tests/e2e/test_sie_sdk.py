@@ -49,7 +49,8 @@ def said(
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["version"] == "0.10.1"
-    return found["answers"]
+    answers: dict[str, Any] = found["answers"]
+    return answers
 
 
 def test_its_vectors_are_the_models(said: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ from common.errors import ConfigError, ConfigUnavailableError, EpochConflictErro
 from config_db import keys, pools, tenants
 from config_db.access import DEFAULT_LEASE_S, DEFAULT_TENANT, KeySpec, PoolSpec, Quotas, TenantSpec
 from config_db.engine import open_engine, time_now, transaction
-from config_db.publish import Put, epoch_now, live, publish
+from config_db.epochs import epoch_now
+from config_db.publish import Put, live, publish
 from config_db.schema import HistoryRow, Kind, Table
 from tests.services import PostgresServer, wait_until
 

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from common.errors import SetupError
-from config_db.changes import FIELDS, NEWER, PRESENT
+from config_db.newer_rows import FIELDS, NEWER, PRESENT
 from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
 from config_db.publish import Delete, Put, publish

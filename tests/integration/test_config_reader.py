@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import ProgrammingError
@@ -16,9 +17,9 @@ from config_db.catalog import apply_models, read_catalog
 from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
 from config_db.migrate import migrate
-from config_db.reader import SnapshotReader
+from config_db.reader import KEPT_SPECS, SnapshotReader
 from config_db.schema import FarmEpoch, ModelRow
-from config_db.spec import ModelSpec, Placement, Source, plain
+from config_db.spec import ModelSpec, Placement, Profile, Source, plain
 from tests.services import PostgresServer, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,3 +282,23 @@ def test_a_url_of_a_unix_socket_reaches_the_driver_as_it_is() -> None:
     _, options = engine.dialect.create_connect_args(engine.url)
     assert (options["host"], options["user"], options["dbname"]) == ("/var/run/some where", "user", "farm")
     engine.dispose()
+
+
+def test_one_change_of_all_that_is_served_forgets_no_spec(engine: Engine, reader: SnapshotReader) -> None:
+    """Models and their profiles are more than what is kept of a small farm."""
+    profiles = {f"p{n}": Profile(max_length=n + 1) for n in range(4)}
+    models = [msgspec.structs.replace(spec(f"m{n}"), profiles=profiles) for n in range(KEPT_SPECS // 4)]
+    publish(engine, *models)
+    reader.start()
+    for version in range(2):
+        later = [msgspec.structs.replace(one, options={"version": version}) for one in models]
+        read(reader, publish(engine, *later))
+    assert all(reader.spec(one.digest) == one for model in models for one in (model, *model.profile_specs))
+
+
+def test_a_model_that_goes_takes_its_origin_along(engine: Engine, reader: SnapshotReader) -> None:
+    publish(engine, spec("a"), spec("gone"))
+    reader.start()
+    assert set(reader.current.origins) == {"a", "gone"}
+    read(reader, publish(engine, spec("a"), prune=True))
+    assert set(reader.current.origins) == {"a"}

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NoReturn
 
+import msgspec
 import psycopg
 import pytest
 from sqlalchemy import Engine, event, func, select, text, update
@@ -19,20 +20,11 @@ from sqlalchemy.orm import Session
 
 from common.errors import ConfigError, EpochConflictError, NotFoundError
 from config_db.engine import open_engine, transaction
-from config_db.epochs import lock_epoch
-from config_db.publish import (
-    CHANNEL,
-    RESTORED,
-    Delete,
-    Published,
-    Put,
-    contents_at,
-    epoch_now,
-    live,
-    publish,
-    rollback,
-)
-from config_db.schema import ROWS, TOMBSTONE_KEPT, EpochRow, HistoryRow, Kind, ModelRow, SettingRow
+from config_db.epochs import epoch_now, lock_epoch
+from config_db.history import PAGE_BYTES, HistoryEntry, read_history
+from config_db.past import RESTORED, contents_at, rollback
+from config_db.publish import CHANNEL, Delete, Published, Put, live, publish
+from config_db.schema import ROWS, TOMBSTONE_KEPT, EpochRow, HistoryRow, Kind, ModelRow, Origin, SettingRow
 from tests.services import DYING_WITH_US, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -330,6 +322,85 @@ def test_a_rollback_is_a_new_epoch_with_old_contents(engine: Engine) -> None:
     with transaction(engine) as session:
         rollback(session, 1, actor="ann", reason="all of it")
     assert now(engine)[1] == {kind: contents["key"] if kind == "key" else {} for kind in KINDS}
+
+
+def test_a_rollback_leaves_what_is_not_the_operators(engine: Engine) -> None:
+    """Leases of clients and models that the Hub brought since are nobody's change to be undone."""
+    machines: dict[str, Any] = {"machine_profiles": {"l4": 1}}
+    lease = {**machines, "client": "c", "expires_at": "2026-01-01T00:00:00Z"}
+    old = write(
+        engine, Put("model", "m", {"id": "m", "v": 1}), Put("pool", "kept", lease), Put("pool", "own", machines)
+    )
+    later = {**lease, "expires_at": "2027-01-01T00:00:00Z"}
+    write(engine, Put("pool", "kept", later), Put("pool", "new", later), Put("model", "asked/for", {}, "auto"))
+    write(engine, Put("pool", "gone", lease), Delete("pool", "own"), Put("model", "m", {"id": "m", "v": 2}))
+    with transaction(engine) as session:
+        done = rollback(session, old.epoch, actor="ann", reason="undo")
+    assert {(change.kind, change.name) for change in done.changes} == {("model", "m"), ("pool", "own")}
+    contents = now(engine)[1]
+    assert contents["pool"] == {"kept": later, "new": later, "gone": lease, "own": machines}
+    assert contents["model"] == {"m": {"id": "m", "v": 1}, "asked/for": {}}
+
+
+def test_a_rollback_leaves_no_usable_key_without_its_tenant(engine: Engine) -> None:
+    old = write(engine, Put("setting", "s", {"v": 1})).epoch
+    key = {"tenant": "t", "secret_sha256": "0" * 64, "prefix": "fh_1", "created_at": "2026-01-01T00:00:00Z"}
+    write(engine, Put("tenant", "t", {}), Put("key", "k", key), Put("setting", "s", {"v": 2}))
+    with pytest.raises(ConfigError, match="key k is of the tenant 't'"), transaction(engine) as session:
+        rollback(session, old, actor="ann", reason="undo")
+    assert now(engine)[1]["tenant"] == {"t": {}}
+    write(engine, Put("key", "k", {**key, "revoked_at": "2026-01-02T00:00:00Z"}))
+    with transaction(engine) as session:
+        rollback(session, old, actor="ann", reason="undo")
+    assert now(engine)[1]["tenant"] == {}
+
+
+def test_a_rollback_keeps_how_each_model_came_here(engine: Engine) -> None:
+    origins: tuple[Origin, ...] = ("filesystem", "api", "auto")
+    old = write(engine, *(Put("model", name, {"v": 1}, name) for name in origins)).epoch
+    write(engine, *(Put("model", name, {"v": 2}, name) for name in origins))
+    write(engine, *(Delete("model", name) for name in origins))
+    with transaction(engine) as session:
+        rollback(session, old, actor="ann", reason="undo")
+        assert {row.id: row.origin for row in session.scalars(select(ModelRow))} == {one: one for one in origins}
+
+
+def test_the_past_of_a_row_is_read_once_however_often_it_changed(engine: Engine) -> None:
+    """Each change holds the whole row as it was."""
+    old = write(engine, Put("setting", "s", {"v": -1})).epoch
+    for value in range(20):
+        write(engine, Put("setting", "s", {"v": value}))
+    fetched: list[int] = []
+    with Session(engine) as session:
+
+        @event.listens_for(engine, "after_cursor_execute")
+        def count(_c: Any, cursor: Any, *_rest: Any) -> None:
+            fetched.append(cursor.rowcount)
+
+        assert contents_at(session, old)["setting"] == {"s": {"v": -1}}
+        event.remove(engine, "after_cursor_execute", count)
+    assert max(fetched) == 1
+
+
+def test_a_page_of_the_history_has_a_bounded_size(engine: Engine) -> None:
+    large = [{"v": f"{n}" * (PAGE_BYTES // 3)} for n in range(6)]
+    for value in large:
+        write(engine, Put("setting", "s", value))
+    write(engine, *(Put("setting", f"s{n}", value) for n, value in enumerate(large)))
+    told: list[HistoryEntry] = []
+    before = None
+    with Session(engine) as session:
+        while True:
+            page = read_history(session, limit=200, before=before)
+            assert len(msgspec.json.encode(page)) < PAGE_BYTES * 1.1
+            told += page.entries
+            if (before := page.before) is None:
+                break
+        everything = session.scalars(select(EpochRow.number).order_by(EpochRow.number.desc())).all()
+    assert [entry.epoch for entry in told] == everything
+    assert told[0].change_count == 6
+    assert 1 <= len(told[0].changes) < 6
+    assert all(entry.changes for entry in told[:-1])
 
 
 def test_a_rollback_that_cannot_be_changes_nothing(engine: Engine) -> None:

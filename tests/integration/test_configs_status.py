@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
@@ -9,9 +10,11 @@ import httpx
 import pytest
 import yaml
 
-from tests.services import PostgresServer, RedisServer
+from tasks.client import FarmClient
+from tests.services import PostgresServer, RedisServer, wait_until
 from tests.standin import StandIn
 from tests.web import Web, start_web, stop_web
+from webapp.fleet import Fleet
 
 MODELS = "/v1/configs/models"
 DENSE = {"id": "org/m", "family": "dense", "source": {"hub": "org/m"}, "aliases": ["short"], "profiles": {"p": {}}}
@@ -72,6 +75,21 @@ def test_waiting_ends_when_all_have_converged_and_not_before(web: Web, worker: S
     waiting.join(10)
     assert answered[0]["converged"]
     assert not status(web, wait=0.3, epoch=now["epoch"] + 1)["converged"]
+
+
+def test_however_many_wait_redis_is_asked_once_a_second(redis_url: str, worker: StandIn) -> None:
+    worker.tell(epoch=1, machine_profile="cpu")
+    client = FarmClient(redis_url, queue_limit=10, result_ttl_s=60)
+    fleet, asked = Fleet(client), []
+    try:
+        with ThreadPoolExecutor(20) as pool:
+            asked = list(pool.map(lambda _: fleet.epochs_lately(), range(100)))
+        assert [one.name for one in asked[0]] == ["stand-in"]
+        assert all(one is asked[0] for one in asked), "one look, shared"
+        worker.tell(epoch=2, machine_profile="cpu")
+        wait_until(lambda: fleet.epochs_lately()[0].epoch == 2, 5, "the next look")
+    finally:
+        client.close()
 
 
 def test_the_status_of_a_model(web: Web, worker: StandIn) -> None:

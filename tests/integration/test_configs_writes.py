@@ -10,7 +10,7 @@ import httpx
 import psycopg
 import pytest
 
-from tests.services import PostgresServer, RedisServer
+from tests.services import PostgresServer, RedisServer, wait_until
 from tests.web import Web, start_web, stop_web
 
 MODELS = "/v1/configs/models"
@@ -152,9 +152,8 @@ def test_a_write_that_is_cut_off_leaves_no_trace(writes: Written) -> None:
         with writes.database() as other:
             other.autocommit = True
             waiting = "select pid from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
-            while not (blocked := other.execute(waiting).fetchall()):
-                pass
-            for (pid,) in blocked:
+            wait_until(lambda: other.execute(waiting).fetchall(), 10, "the write to wait for the lock")
+            for (pid,) in other.execute(waiting).fetchall():
                 other.execute("select pg_terminate_backend(%s)", [pid])
         answer = under_way.result()
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "CONFIG_UNAVAILABLE")
@@ -217,3 +216,49 @@ def test_a_rollback_to_no_epoch_is_refused(writes: Written, body: Any) -> None:
     refused = writes.web.http.post("/v1/configs/rollback", content=json.dumps(body))
     assert refused.status_code in (404, 422)
     assert refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+def test_what_a_newer_release_wrote_is_not_taken_away(writes: Written, method: str) -> None:
+    name = f"newer/{method.lower()}"
+    writes.post(name)
+    with writes.database() as database:
+        database.execute(
+            """update models set spec = spec || '{"novel": 1, "limits": {"of_then": 2}}' where id = %s""", [name]
+        )
+    change = {"max_length": 7} if method == "PATCH" else {"id": name, "profiles": {"p": {"max_length": 7}}}
+    refused = writes.web.http.request(method, f"{MODELS}/{name}" if method == "PATCH" else MODELS, json=change)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "CONTENT_CONFLICT")
+    assert set(refused.json()["detail"]["newer_fields"]) == {"novel", "limits.of_then"}
+    with writes.database() as database:
+        (spec,) = database.execute("select spec from models where id = %s", [name]).fetchone() or ({},)
+    assert (spec["novel"], spec["limits"], spec.get("max_length")) == (1, {"of_then": 2}, None)
+    assert writes.web.http.put(f"{MODELS}/{name}", json=document(name)).status_code == 200
+
+
+def test_what_nothing_heeds_yet_is_told(writes: Written) -> None:
+    fields = {"placement": {"tenants": ["a"]}, "limits": {"queue_limit": 3}}
+    added = writes.web.http.post(MODELS, json=document("unheeded/m", **fields))
+    put = writes.web.http.put(f"{MODELS}/unheeded/m", json=document("unheeded/m", **fields))
+    patched = writes.web.http.patch(f"{MODELS}/unheeded/m", json={"max_length": 5})
+    for answer in (added, put, patched):
+        assert [warning.split()[0] for warning in answer.json()["warnings"]] == [
+            "placement.tenants",
+            "limits.queue_limit",
+        ]
+    assert writes.post("heeded/m").json()["warnings"] == []
+
+
+def test_however_much_is_left_out_an_answer_is_short(writes: Written) -> None:
+    """It is kept for a day."""
+    unknown = {f"unknown-{n}": 0 for n in range(5_000)} | {"x" * 10_000: 0}
+    theirs = {
+        "model_id": "many/m",
+        "hf_id": "org/m",
+        "profiles": {"default": {"adapter_path": "bert_flash"}},
+        **unknown,
+    }
+    answer = writes.web.http.post(MODELS, json=theirs)
+    assert answer.status_code == 201, answer.text[:500]
+    assert len(answer.content) < 20_000
+    assert answer.json()["warnings"][-1].endswith("more of this kind")

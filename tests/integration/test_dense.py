@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.errors import InferenceError, ModelLoadError, RequestError
 from config_db.model_folders import spec_of_directory
@@ -367,3 +368,14 @@ def test_a_folder_that_cannot_be_served_rightly_is_refused(
         DenseFamily().load(spec, folder, Device())
     if spoil is not _spoil_weights:  # foreign errors become a ModelLoadError in the loader
         assert isinstance(caught.value, ModelLoadError)
+
+
+def test_weights_that_files_lack_are_not_made_up(minilm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lacking"
+    shutil.copytree(minilm, folder)
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    lost = next(name for name in tensors if name.endswith("layer.3.attention.self.query.weight"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path)
+    with pytest.raises(ModelLoadError, match=r"lack encoder\.layer\.3\.attention\.self\.query\.weight"):
+        load(folder)

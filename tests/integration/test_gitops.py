@@ -17,7 +17,8 @@ from config_db.access import PoolSpec, TenantSpec
 from config_db.catalog import apply_models
 from config_db.config_files import ConfigFiles, read_files
 from config_db.engine import open_engine
-from config_db.publish import Change, Put, epoch_now, live, publish
+from config_db.epochs import epoch_now
+from config_db.publish import Change, Put, live, publish
 from config_db.reconcile import apply_files, plan_files
 from config_db.schema import Kind
 from config_db.spec import ModelSpec

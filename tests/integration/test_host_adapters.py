@@ -155,6 +155,23 @@ def test_an_evicted_base_takes_its_adapters_along_and_they_come_back(
         assert len(live.pool.hosts()[0].resident) == 1
 
 
+def test_a_base_that_fills_the_device_runs_its_adapters_in_turns(
+    starting: Callable[..., LivePool], base: Path, expected: dict[str | None, Any]
+) -> None:
+    """Beside the base there is room for two of them, though adapters might hold more."""
+    size = weights(base.parent / MANY[0], "adapter_model")
+    live = starting()
+    host, spec = live.ready()[0].id, spec_of(base)
+    run(live, host, spec, [("a", None)])
+    held = live.pool.hosts()[0].resident[spec.digest]
+    assert (held + 2.5 * size) * SHARE > 2.5 * size
+    live = starting(device_memory=int(held + 2.5 * size))
+    host = live.ready()[0].id
+    found = vectors(run(live, host, spec, [(TEXTS[1], source(base, name)) for name in MANY]))
+    assert cosines(found, np.stack([expected[name][1] for name in MANY])).min() >= 0.9999
+    assert len(news(live, "adapter_evicted")) == len(MANY) - 2
+
+
 def test_a_storm_of_adapters_over_a_small_budget(
     starting: Callable[..., LivePool], base: Path, expected: dict[str | None, Any]
 ) -> None:

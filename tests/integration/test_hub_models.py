@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from huggingface_hub import close_session
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, delete, select
 from sqlalchemy.orm import Session
 
 from common.errors import CapacityError, FarmError, ModelLoadError, ModelNotFoundError, ModelUnsupportedError
@@ -16,7 +17,7 @@ from config_db.catalog import apply_models
 from config_db.engine import open_engine, transaction
 from config_db.hub import MAX_FILE_BYTES, Hub
 from config_db.publish import Delete, Put, publish
-from config_db.schema import EpochRow, ModelRow
+from config_db.schema import EpochRow, HistoryRow, ModelRow
 from config_db.spec import ModelSpec, Profile, Source
 from tests.hub import BERT, COMMIT, ENCODER, GATED, HIDDEN, HubStandIn, Refusal, serving_hub
 from tests.services import wait_until
@@ -43,6 +44,10 @@ def engine(database_url: str) -> Iterator[Engine]:
     engine = open_engine(database_url)
     yield engine
     engine.dispose()
+
+
+THEN = uuid4()
+"""The epoch of a snapshot that lacks what is asked for."""
 
 
 def registrar(engine: Engine, hub: HubStandIn) -> Registrar:
@@ -136,7 +141,7 @@ def test_what_can_be_no_repository_is_not_asked_for(hub: HubStandIn, name: str) 
 
 def test_a_model_is_registered_at_an_epoch_of_its_own(engine: Engine, hub: HubStandIn) -> None:
     before = epochs(engine)
-    found = registrar(engine, hub).find("org/m", allow=ALLOW, epoch=before[-1][0])
+    found = registrar(engine, hub).find("org/m", allow=ALLOW, epoch_id=THEN)
     assert found is not None
     assert epochs(engine) == [*before, (found.epoch, "hub")]
     assert rows(engine) == {"org/m": "auto"}
@@ -144,7 +149,7 @@ def test_a_model_is_registered_at_an_epoch_of_its_own(engine: Engine, hub: HubSt
 
 @pytest.mark.parametrize("name", ["other/m", "ORG/m", "org", "org/m:fast", "org/" + "m" * 300])
 def test_an_id_that_no_pattern_lets_in_is_not_looked_up(engine: Engine, hub: HubStandIn, name: str) -> None:
-    assert registrar(engine, hub).find(name, allow=ALLOW, epoch=1) is None
+    assert registrar(engine, hub).find(name, allow=ALLOW, epoch_id=THEN) is None
     assert hub.asked == []
 
 
@@ -152,7 +157,7 @@ def test_many_requests_at_once_are_one_look_up_over_all_processes(engine: Engine
     hub.silent.add("org/m")
     processes = [registrar(engine, hub) for _ in range(2)]
     with ThreadPoolExecutor(20) as pool:
-        asked = [pool.submit(processes[n % 2].find, "org/m", allow=ALLOW, epoch=1) for n in range(20)]
+        asked = [pool.submit(processes[n % 2].find, "org/m", allow=ALLOW, epoch_id=THEN) for n in range(20)]
         wait_until(lambda: hub.look_ups("org/m") == 1, what="the first look-up")
         hub.released.set()
         found = [one.result(30) for one in asked]
@@ -165,9 +170,9 @@ def test_a_refusal_is_remembered(engine: Engine, hub: HubStandIn) -> None:
     process = registrar(engine, hub)
     for _ in range(3):
         with pytest.raises(ModelNotFoundError):
-            process.find("org/none", allow=ALLOW, epoch=1)
+            process.find("org/none", allow=ALLOW, epoch_id=THEN)
     assert hub.look_ups("org/none") == 1
-    assert process.find("org/m", allow=ALLOW, epoch=1) is not None
+    assert process.find("org/m", allow=ALLOW, epoch_id=THEN) is not None
 
 
 def test_a_hub_that_asks_for_patience_is_left_alone(engine: Engine, hub: HubStandIn) -> None:
@@ -175,7 +180,7 @@ def test_a_hub_that_asks_for_patience_is_left_alone(engine: Engine, hub: HubStan
     process = registrar(engine, hub)
     for name in ("org/busy", "org/m"):
         with pytest.raises(CapacityError) as caught:
-            process.find(name, allow=ALLOW, epoch=1)
+            process.find(name, allow=ALLOW, epoch_id=THEN)
         assert 30 < (caught.value.retry_after_s or 0) <= 37
     assert hub.look_ups("org/m") == 0
 
@@ -184,9 +189,9 @@ def test_look_ups_are_bounded_by_the_minute(engine: Engine, hub: HubStandIn) -> 
     process, allow = registrar(engine, hub), Allow(patterns=("*",), per_minute=3)
     for n in range(3):
         with pytest.raises(ModelNotFoundError):
-            process.find(f"org/none{n}", allow=allow, epoch=1)
+            process.find(f"org/none{n}", allow=allow, epoch_id=THEN)
     with pytest.raises(CapacityError, match="within a minute") as caught:
-        process.find("org/m", allow=allow, epoch=1)
+        process.find("org/m", allow=allow, epoch_id=THEN)
     assert 0 < (caught.value.retry_after_s or 0) <= 60
 
 
@@ -196,23 +201,76 @@ def test_the_hub_fills_no_more_of_the_table_than_it_may(engine: Engine, hub: Hub
     hub.repositories |= {f"org/m{n}": ENCODER for n in range(3)}
     process, allow = registrar(engine, hub), Allow(patterns=("org/*",), most=2)
     for n in range(2):
-        assert process.find(f"org/m{n}", allow=allow, epoch=1) is not None
+        assert process.find(f"org/m{n}", allow=allow, epoch_id=THEN) is not None
     with pytest.raises(ModelNotFoundError, match="of the 2 that the Hub may add"):
-        process.find("org/m2", allow=allow, epoch=1)
+        process.find("org/m2", allow=allow, epoch_id=THEN)
     assert set(rows(engine)) == {"own", "org/m0", "org/m1"}
 
 
 def test_what_this_release_cannot_serve_is_not_registered(engine: Engine, hub: HubStandIn) -> None:
     hub.repositories["org/m"] = REFUSALS["unknown family"][0]
     with pytest.raises(ModelUnsupportedError, match="do not say which family"):
-        registrar(engine, hub).find("org/m", allow=ALLOW, epoch=1)
+        registrar(engine, hub).find("org/m", allow=ALLOW, epoch_id=THEN)
     assert rows(engine) == {}
 
 
 def test_a_model_that_is_there_already_is_no_new_epoch(engine: Engine, hub: HubStandIn) -> None:
-    first = registrar(engine, hub).find("org/m", allow=ALLOW, epoch=1)
-    assert registrar(engine, hub).find("org/m", allow=ALLOW, epoch=1) == first
+    first = registrar(engine, hub).find("org/m", allow=ALLOW, epoch_id=THEN)
+    assert registrar(engine, hub).find("org/m", allow=ALLOW, epoch_id=THEN) == first
     assert hub.look_ups("org/m") == 1
+
+
+def test_what_was_deleted_by_hand_stays_deleted_until_it_is_added(engine: Engine, hub: HubStandIn) -> None:
+    """Even when its tombstone is gone."""
+
+    def change(write: Put | Delete) -> None:
+        with transaction(engine) as session:
+            publish(session, [write], actor="ann", reason="t")
+
+    assert registrar(engine, hub).find("org/m", allow=ALLOW, epoch_id=THEN) is not None
+    change(Delete("model", "org/m"))
+    for _ in range(2):
+        with pytest.raises(ModelNotFoundError, match="was deleted here"):
+            registrar(engine, hub).find("org/m", allow=ALLOW, epoch_id=THEN)
+        with transaction(engine) as session:
+            session.execute(delete(ModelRow).where(ModelRow.id == "org/m"))
+    assert hub.look_ups("org/m") == 1
+    change(Put("model", "org/m", {"id": "org/m", "family": "dense", "source": {"hub": "org/m"}}))
+    assert registrar(engine, hub).find("org/m", allow=ALLOW, epoch_id=THEN) is not None
+
+
+def test_what_was_found_is_remembered_for_the_epoch_that_lacks_it(engine: Engine, hub: HubStandIn) -> None:
+    """A backup restored since knows nothing of it, at whatever number: then the table is asked again."""
+    process = registrar(engine, hub)
+    for _ in range(3):
+        assert process.find("org/m", allow=ALLOW, epoch_id=THEN) is not None
+    assert hub.look_ups("org/m") == 1
+    with transaction(engine) as session:
+        session.execute(delete(HistoryRow))
+        session.execute(delete(ModelRow))
+    assert process.find("org/m", allow=ALLOW, epoch_id=uuid4()) is not None
+    assert rows(engine) == {"org/m": "auto"}
+
+
+def test_a_look_up_that_is_killed_keeps_nobody_waiting(engine: Engine) -> None:
+    class KilledError(BaseException):
+        """As of a greenlet."""
+
+    found = ModelSpec(id="org/m", family="dense", source=Source(hub="org/m"))
+    answers: list[BaseException | ModelSpec] = [KilledError(), found]
+
+    def describe(_: str) -> ModelSpec:
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    process = Registrar(engine, describe)
+    with pytest.raises(KilledError):
+        process.find("org/m", allow=ALLOW, epoch_id=THEN)
+    again = process.find("org/m", allow=ALLOW, epoch_id=THEN)
+    assert again is not None
+    assert again.spec == found
 
 
 @pytest.mark.parametrize("content", [{}, {"patterns": "org/*"}, {"patterns": ["a"], "mots": 3}, {"most": 0}])

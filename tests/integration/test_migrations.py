@@ -20,8 +20,9 @@ from sqlalchemy.orm import Session
 
 from common.errors import SetupError
 from config_db.engine import open_engine, transaction
+from config_db.epochs import epoch_now
 from config_db.migrate import migrate
-from config_db.publish import contents_at, epoch_now, rollback
+from config_db.past import contents_at, rollback
 from config_db.reader import SnapshotReader
 from config_db.schema import Table
 from config_db.spec import Limits, ModelSpec, Placement, Source

@@ -212,6 +212,21 @@ def test_a_model_comes_back_from_eviction_as_it_was(tiny: Path) -> None:
     assert_close(encode(family.load(spec, tiny / "pylate", Device()), TEXTS, options=QUERY), before, atol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query_max_length": "32"},
+        {"query_max_length": 0},
+        {"query_expansion": 1},
+        {"query_prefix": 3},
+        {"muvera": {"num_repetitions": -1}},
+    ],
+)
+def test_options_of_a_spec_that_say_nothing_are_refused_by_name(tiny: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ModelLoadError, match=rf"{'|'.join(options)}"):
+        load(tiny / "stanford", options=options)
+
+
 def _without_projection(folder: Path) -> None:
     modules = json.loads((folder / "modules.json").read_text())
     (folder / "modules.json").write_text(json.dumps(modules[:1]))

@@ -105,6 +105,9 @@ def test_only_the_heaviest_words_are_given_where_so_many_are_asked_for(tiny: Pat
         np.testing.assert_array_equal(kept[kept > 0], row[kept > 0])
         assert kept[kept > 0].min() >= np.sort(row)[-5]
     assert ((encode(load(tiny / "mpnet"), TEXTS) > 0).sum(axis=1) <= 12).all()  # as its folder says
+    assert ((encode(load(tiny / "bert", options={"max_active_dims": 3}), TEXTS) > 0).sum(axis=1) <= 3).all()
+    with pytest.raises(ModelLoadError, match="max_active_dims"):
+        load(tiny / "bert", options={"max_active_dims": "3"})
     (refused,) = answer(model, ask(["a"], options={"max_active_dims": 0}))
     assert isinstance(refused, RequestError)
     assert refused.param == "params.options.max_active_dims"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,16 @@ def web(
     directory = tmp_path_factory.mktemp("vectors")
     with redis_server.client() as client:
         client.flushall()
-    farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
-    for name, folder in MODELS.items():
-        spec = spec_of_directory(tiny / folder, model_id=name)
-        profiles = {"folded": FOLDED} if name == "late" else {}
-        farm.add_models(msgspec.structs.replace(spec, precision="float32", profiles=profiles))
-    farm.start_worker(batch_max_items=16)
-    web = start_web(redis_server.url, directory, (), DATABASE_URL=farm.database_url)
-    web.http.timeout = 90  # the first request to a family imports its library
-    yield web
-    stop_web(web)
-    farm.close()
+    with closing(LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)) as farm:
+        for name, folder in MODELS.items():
+            spec = spec_of_directory(tiny / folder, model_id=name)
+            profiles = {"folded": FOLDED} if name == "late" else {}
+            farm.add_models(msgspec.structs.replace(spec, precision="float32", profiles=profiles))
+        farm.start_worker(batch_max_items=16)
+        web = start_web(redis_server.url, directory, (), DATABASE_URL=farm.database_url)
+        web.http.timeout = 90  # the first request to a family imports its library
+        yield web
+        stop_web(web)
 
 
 def encode(web: Web, model: str, texts: list[str], **params: Any) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from config_db.spec import ModelSpec
 from tests.hosts import LivePool
 from tests.hub import COMMIT, GATED, HubStandIn, serving_hub
 from tests.services import wait_until
-from tests.weights import FILES, PINNED, PLACE, REPOSITORY, setup_in
+from tests.weights import FILES, KEYS, PINNED, PLACE, REPOSITORY, serving_buckets, setup_in
 from workers.weights.resolve import tiers_of
 
 IMPORTS = """
@@ -87,6 +87,28 @@ def test_a_slow_fetch_keeps_no_other_model_from_being_loaded(
     hub.released.set()
     live.until(lambda: all(batch in live.events.done for batch in slow), "what waited for the fetch")
     assert [live.events.done[batch][0][0].error for batch in slow] == [None, None]
+
+
+def test_a_host_fills_the_bucket_beside_serving_and_another_machine_needs_no_hub(
+    hub: HubStandIn, tmp_path: Path, start_pool: Callable[..., LivePool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    with serving_buckets() as (_, url, client):
+        client.create_bucket(Bucket="of-hosts")
+        bucket = {"bucket": "s3://of-hosts", "bucket_endpoint": url}
+        manifest = f"hub/{REPOSITORY}/{COMMIT}/manifest.json"
+
+        def is_filled() -> bool:
+            return manifest in [one["Key"] for one in client.list_objects_v2(Bucket="of-hosts").get("Contents", ())]
+
+        first = start_pool(weights=setup_in(tmp_path / "one", **bucket), preimport=("workers.weights.bucket",))
+        assert first.run(first.ready()[0].id, from_hub(first), "x")[0].error is None
+        wait_until(is_filled, 20, "the bucket to be filled")
+        asked = len(hub.asked)
+        second = start_pool(weights=setup_in(tmp_path / "two", **bucket))
+        assert second.run(second.ready()[0].id, from_hub(second), "x")[0].error is None
+        assert len(hub.asked) == asked
 
 
 def test_why_weights_cannot_be_had_reaches_the_caller_and_other_models_serve_on(

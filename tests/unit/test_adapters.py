@@ -13,6 +13,7 @@ from tasks.batching import batch_key, shared_key
 from tasks.messages import Request, Ticket, encode_body
 from tasks.names import Operation
 from workers.adapters import AdapterFetches
+from workers.host.jobs import groups
 
 LAW, MONEY = Source(hub="org/law", revision="v1"), Source(path="/models/money")
 SPEC = ModelSpec(id="org/m", family="dense", source=Source(hub="org/m"), adapters={"law": LAW, "Money-2": MONEY})
@@ -167,3 +168,24 @@ def test_a_fetch_that_failed_is_not_tried_again_at_once() -> None:
     assert made.keep(again, SPEC)
     assert (one.error, again.error) == ("MODEL_LOAD_FAILED", "MODEL_LOAD_FAILED")
     assert (len(hosts.asked), went_on) == (1, [])
+
+
+class Rack:
+    """A base with adapters; ``model`` stands for the base with them."""
+
+    def __init__(self, *, mixes: bool) -> None:
+        self.mixes, self.model = mixes, "adapted"
+
+
+class Base:
+    def __init__(self, *, mixes: bool) -> None:
+        self.rack = Rack(mixes=mixes)
+
+
+@pytest.mark.parametrize(("mixes", "adapted"), [(True, [[1, 2, 4]]), (False, [[1, 4], [2]])])
+def test_parts_without_an_adapter_run_on_the_base_itself(mixes: bool, adapted: list[list[int]]) -> None:
+    base: Any = Base(mixes=mixes)
+    names = [None, "a", "b", None, "a"]
+    requests = {at: Request(items=[], options={"lora": name} if name else {}) for at, name in enumerate(names)}
+    assert groups(base, requests) == [(base, [0, 3]), *(("adapted", places) for places in adapted)]
+    assert groups(base, {0: requests[0]}) == [(base, [0])]

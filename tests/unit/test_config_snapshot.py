@@ -1,6 +1,7 @@
 """A snapshot without a database: finding models by name and by digest."""
 
-import difflib
+import time
+from statistics import median
 from uuid import uuid4
 
 import pytest
@@ -88,14 +89,28 @@ def test_nothing_like_it_suggests_nothing() -> None:
     assert nearest(snapshot("BAAI/bge-m3"), "zzzzzzzzzz") == []
 
 
-def test_a_name_asked_in_vain_again_costs_no_second_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = snapshot("BAAI/bge-m3")
-    assert nearest(held, "bge-m4") == ["BAAI/bge-m3"]
-    monkeypatch.setattr(difflib, "get_close_matches", None)
-    assert nearest(held, "bge-m4") == ["BAAI/bge-m3"]
-    assert nearest(held, "BGE-M4") == ["BAAI/bge-m3"]
-    with pytest.raises(TypeError):
-        held.model("bge-m5")
+@pytest.mark.parametrize(
+    ("ids", "wanted"),
+    [
+        (
+            [f"organisation-{n % 37}/some-embedding-model-{n}-v1.5" for n in range(1000)],
+            "organisation-3/som-model-9-v9",
+        ),
+        ([f"{'a' * 20}/{n:05d}{'b' * 170}" for n in range(1000)], f"{'a' * 20}/12{'b' * 150}x"),
+        ([f"{'a' * 20}/{n:05d}{'b' * 170}" for n in range(1000)], "b" * 100_000),
+    ],
+)
+def test_a_name_asked_in_vain_holds_up_nobody(ids: list[str], wanted: str) -> None:
+    """A thousand models of five profiles each; each time another name."""
+    held = holding(*(spec(one, **{f"p{n}": Profile(max_length=n + 1) for n in range(5)}) for one in ids))
+    held.prepare()
+    took = []
+    for n in range(20):
+        started = time.process_time()
+        with pytest.raises(ModelNotFoundError):
+            held.model(f"{n}{wanted}")
+        took.append(time.process_time() - started)
+    assert median(took) < 0.002
 
 
 def test_a_very_long_name_is_not_repeated_whole() -> None:

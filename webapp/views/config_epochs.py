@@ -12,17 +12,18 @@ from sqlalchemy.orm import Session
 
 from common.errors import RequestError
 from config_db.documents import convert
+from config_db.epochs import epoch_now
 from config_db.export import model_yaml
 from config_db.history import changes_between, read_history
 from config_db.idempotency import Answer
 from config_db.model_writes import Intent, check_model_id
-from config_db.publish import epoch_now, rollback
+from config_db.past import rollback
 from config_db.spec import plain
 from webapp.bundles import bundle_status, bundles_of, families_hash
 from webapp.config_store import config_store
 from webapp.config_writes import write
 from webapp.farm import farm
-from webapp.fleet import has_converged
+from webapp.fleet import has_converged, present_of
 from webapp.wire import answers
 from webapp.wire import configs as wire
 from webapp.wire.queries import read_number, read_wait_s
@@ -58,14 +59,13 @@ def epoch() -> ResponseReturnValue:
 def status() -> ResponseReturnValue:
     """Who serves which epoch; ``?wait=s`` waits until all serve this process's, ``?epoch=n`` until all serve that."""
     here = farm()
-    deadline = monotonic() + read_wait_s(MAX_WAIT_S)
+    wait_s = read_wait_s(MAX_WAIT_S)
+    deadline = monotonic() + wait_s
     wanted = read_number("epoch")
+    look = here.fleet.epochs if wait_s == 0 else here.fleet.epochs_lately  # who waits sees what others have seen
     while True:
-        served, processes = here.served, here.fleet.epochs()
-        if wanted is None:
-            is_done = has_converged(processes, served.epoch, str(served.epoch_id))
-        else:
-            is_done = has_converged(processes, wanted)
+        served, processes = here.served, look()
+        is_done = has_converged(processes, present_of(served), wanted)
         if is_done or monotonic() >= deadline:
             break
         gevent.sleep(_LOOK_EVERY_S)
@@ -87,7 +87,7 @@ def model_status(model: str) -> ResponseReturnValue:
     spec = served.model(check_model_id(model))
     processes = here.fleet.epochs()
     known = bundles_of(spec, here.settings.family_places)
-    bundles = [bundle_status(spec, processes, served.epoch)] if known else []
+    bundles = [bundle_status(spec, processes, present_of(served))] if known else []
     return answers.answer(
         {
             "model_id": spec.id,
@@ -105,15 +105,17 @@ def export() -> ResponseReturnValue:
     """Everything that is served, as of one epoch."""
     here = farm()
     served = here.served
-    models = [
-        {
-            "model_id": model_id,
-            "model_config": plain(spec),
-            "raw_yaml": model_yaml(spec),
-            "affected_bundles": bundles_of(spec, here.settings.family_places),
-        }
-        for model_id, spec in sorted(served.models.items())
-    ]
+    models = []
+    for model_id, spec in sorted(served.models.items()):
+        gevent.sleep(0)  # others are answered between two models
+        models.append(
+            {
+                "model_id": model_id,
+                "model_config": plain(spec),
+                "raw_yaml": model_yaml(spec),
+                "affected_bundles": bundles_of(spec, here.settings.family_places),
+            }
+        )
     generated_at = datetime.now(UTC).isoformat(timespec="milliseconds")
     return answers.answer(
         {"snapshot_version": 1, "epoch": served.epoch, "generated_at": generated_at, "models": models}
@@ -128,9 +130,8 @@ def history() -> ResponseReturnValue:
     if model is not None:
         check_model_id(model)
     with config_store().read() as session:
-        entries = read_history(session, limit=limit, before=before, model=model)
-    following = entries[-1].epoch if len(entries) == limit else None
-    return answers.answer({"entries": msgspec.to_builtins(entries), "before": following})
+        page = read_history(session, limit=limit, before=before, model=model)
+    return answers.answer(msgspec.to_builtins(page))
 
 
 @bp.get("/v1/configs/diff")

@@ -1,8 +1,9 @@
 """``/v1/configs/models``: the models as they stand in the config DB, read and written."""
 
+from collections.abc import Sequence
 from os import getpid
 from socket import gethostname
-from typing import Any
+from typing import Any, Final
 
 from flask import Blueprint
 from flask.typing import ResponseReturnValue
@@ -13,9 +14,9 @@ from config_db.export import model_yaml
 from config_db.families import why_unsupported
 from config_db.idempotency import Answer
 from config_db.json_schema import model_schema
-from config_db.model_writes import Given, Intent, Written, check_model_id, understand
+from config_db.model_writes import Intent, Written, check_model_id, understand
 from config_db.publish import Published
-from config_db.spec import DEFAULT_PROFILE
+from config_db.spec import DEFAULT_PROFILE, ModelSpec
 from webapp.bundles import bundles_of
 from webapp.config_writes import write
 from webapp.farm import farm
@@ -24,6 +25,10 @@ from webapp.wire import configs as wire
 
 bp = Blueprint("configs", __name__)
 wire.install(bp)
+
+MOST_WARNINGS: Final = 50
+WARNING_SHOWN: Final = 300
+"""Answers are kept under idempotency keys, and a document may have a hundred thousand fields that are left out."""
 
 
 @bp.get("/v1/configs/models")
@@ -63,7 +68,7 @@ def add() -> ResponseReturnValue:
     given = understand(incoming.document, places=families)
 
     def change(session: Session, intent: Intent) -> Answer:
-        return _answer(model_writes.add(session, given, intent, families=families), given)
+        return _answer(model_writes.add(session, given, intent, families=families), given.warnings)
 
     return write(incoming, change)
 
@@ -76,7 +81,7 @@ def replace(model: str) -> ResponseReturnValue:
     given = understand(incoming.document, model_id=check_model_id(model), places=families)
 
     def change(session: Session, intent: Intent) -> Answer:
-        return _answer(model_writes.replace(session, given, intent, families=families), given)
+        return _answer(model_writes.replace(session, given, intent, families=families), given.warnings)
 
     return write(incoming, change)
 
@@ -90,7 +95,7 @@ def merge(model: str) -> ResponseReturnValue:
 
     def change(session: Session, intent: Intent) -> Answer:
         written = model_writes.merge(session, model_id, incoming.document, intent, families=families)
-        return _answer(written, Given(model_id, {}))
+        return _answer(written)
 
     return write(incoming, change)
 
@@ -107,20 +112,33 @@ def remove(model: str) -> ResponseReturnValue:
     return write(wire.read_write(has_document=False), change)
 
 
-def _answer(written: Written, given: Given) -> Answer:
+def _answer(written: Written, left_out: Sequence[str] = ()) -> Answer:
     """The answer to a write of one model; 201 if it brought a model or a profile."""
     spec, families = written.spec, farm().settings.family_places
     unsupported = why_unsupported(spec, families)
     kept = [] if unsupported is None else [f"the model is kept, but cannot be served: {unsupported}"]
+    kept += [f"{field} is kept, but nothing heeds it yet" for field in _unheeded(spec)]
     body = {
         "model_id": spec.id,
         "created_profiles": list(written.created),
         "existing_profiles_skipped": list(written.skipped),
-        "warnings": [*given.warnings, *kept],
+        "warnings": [*kept, *_shown(left_out)],
         "routable_bundles_by_profile": {name: bundles_of(spec, families) for name in written.created},
         "router_id": f"{gethostname()}:{getpid()}",
     }
     return wire.encoded(body | _epoch(written.published), status=201 if written.is_new or written.created else 200)
+
+
+def _unheeded(spec: ModelSpec) -> list[str]:
+    """Fields that a spec may have and that nothing heeds yet."""
+    said = {"placement.tenants": spec.placement.tenants, "limits.queue_limit": spec.limits.queue_limit}
+    return [field for field, value in said.items() if value]
+
+
+def _shown(warnings: Sequence[str]) -> list[str]:
+    shown = [one if len(one) <= WARNING_SHOWN else f"{one[:WARNING_SHOWN]}…" for one in warnings[:MOST_WARNINGS]]
+    more = len(warnings) - len(shown)
+    return [*shown, f"and {more} more of this kind"] if more else shown
 
 
 def _epoch(published: Published) -> dict[str, Any]:

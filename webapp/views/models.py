@@ -44,7 +44,7 @@ def _listed(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _info(spec: ModelSpec, *, is_loaded: bool) -> dict[str, Any]:
-    unsupported = why_unsupported(spec, farm().settings.family_places)
+    unsupported = why_unsupported(spec)
     return {
         "name": spec.id,
         "inputs": list(spec.inputs),

@@ -54,7 +54,7 @@ def show(place: str) -> ResponseReturnValue:
         raise NotFoundError("inference is asked for with POST")
     spec = _spec(model)
     if what == "ready":
-        reason = why_unsupported(spec, farm().settings.family_places)
+        reason = why_unsupported(spec)
         return answers.answer({"name": spec.id, "ready": reason is None}, status=200 if reason is None else 400)
     return answers.answer(wire.metadata(spec))
 

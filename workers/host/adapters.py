@@ -138,6 +138,11 @@ class Adapters:
     def _used(self) -> int:
         return sum(one.bytes for one in self._hung.values() if not one.rack.is_closed)
 
+    def _pop_idle(self) -> tuple[tuple[str, str], _Hung] | None:
+        """The least recently used one that is not leased."""
+        key = next((key for key, one in self._hung.items() if not one.leases), None)
+        return None if key is None else (key, self._hung.pop(key))
+
     # -- without it --------------------------------------------------------------------------------------------------
 
     def _load(self, base: str, model: Model, name: str, source: Source, *, may_wait: bool) -> bool:
@@ -155,9 +160,8 @@ class Adapters:
             with self._resolve(source) as found:
                 files = rack.read(found.path)
             size = rack.bytes_of(files)
-            if not self._make_room(size, may_wait=may_wait):
+            if not (self._make_room(size, may_wait=may_wait) and self._book(base, model, size, may_wait=may_wait)):
                 return False
-            self._residency.grow(base, model, size, wait_s=WAIT_S)
             try:
                 rack.hang(name, files)
             except BaseException:
@@ -184,14 +188,31 @@ class Adapters:
             with self._changed:
                 if self._used() + size <= self._share_bytes:
                     return True
-                key = next((key for key, one in self._hung.items() if not one.leases), None)
-                leaver = self._hung.pop(key) if key is not None else None
-                if key is None and (not may_wait or not self._changed.wait(until - monotonic())):
-                    if not may_wait:
-                        return False
+                leaver = self._pop_idle()
+                if leaver is None and not may_wait:
+                    return False
+                if leaver is None and not self._changed.wait(until - monotonic()):
                     raise ResidencyFullError("every adapter on this device is in use", param=PARAM)
-            if key is not None and leaver is not None:
-                self._close(key, leaver, "room")
+            if leaver is not None:
+                self._close(*leaver, "room")
+
+    def _book(self, base: str, model: Model, size: int, *, may_wait: bool) -> bool:
+        """Book an adapter with its base; where models in use leave no room for it, idle adapters make some."""
+        while True:
+            with self._changed:
+                has_idle = any(not one.leases for one in self._hung.values())
+            try:
+                self._residency.grow(base, model, size, wait_s=WAIT_S if may_wait and not has_idle else 0.0)
+            except ResidencyFullError:
+                with self._changed:
+                    leaver = self._pop_idle()
+                if leaver is None and may_wait:
+                    raise
+                if leaver is None:
+                    return False
+                self._close(*leaver, "room")
+            else:
+                return True
 
     def _close(self, key: tuple[str, str], one: _Hung, reason: str) -> None:
         base, name = key

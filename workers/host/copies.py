@@ -12,6 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock, Thread
+from time import sleep
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
@@ -29,6 +30,8 @@ log = get_logger("host")
 FREE_BYTES: Final = 2**30
 """So much of the disk is left to others."""
 MOST_PENDING: Final = 4
+WRITE_AFTER_S: Final = 0.25
+"""What a load was waited for is answered first."""
 STALE_S: Final = 3600.0
 """A part of a copy that old was left behind by a host that died."""
 
@@ -79,6 +82,7 @@ class Copies:
             self._pending.add(name)
 
         def run() -> None:
+            sleep(WRITE_AFTER_S)
             try:
                 if self.keep(name, tensors, note) and then is not None:
                     then()

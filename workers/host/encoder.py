@@ -153,15 +153,28 @@ def _without_data(parameter: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.empty_like(parameter, device=_META), requires_grad=False)
 
 
-def load_module(files: Path) -> torch.nn.Module:
-    """Load through transformers, in float32, without running code from the folder."""
-    module = AutoModel.from_pretrained(
+def load_module(files: Path, auto: Any = AutoModel, *, formats: Sequence[str] = ("safetensors",)) -> torch.nn.Module:
+    """Load through transformers, in float32, without running code from the folder.
+
+    Args:
+        files: the folder.
+        auto: transformers' class to load with.
+        formats: what the weights may be in; pickle is read as numbers only, if it is among these.
+
+    Raises:
+        ModelLoadError: weights are missing, which transformers would make up at random.
+    """
+    module, found = auto.from_pretrained(
         files,
         dtype=torch.float32,
-        use_safetensors=True,
+        use_safetensors=None if "pickle" in formats else True,
         local_files_only=True,
         trust_remote_code=False,
+        output_loading_info=True,
     )
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name.split("."))
+    if missing:  # a pooler may be: nothing here reads what it makes
+        raise refusal(f"its weights lack {missing[0]} and {len(missing) - 1} others that the model needs")
     for parameter in module.parameters():
         parameter.requires_grad_(requires_grad=False)
     return module.eval()  # type: ignore[no-any-return]  # transformers is untyped

@@ -110,9 +110,10 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], note: str) -> None:
     encoded += b" " * (-(_LENGTH_BYTES + len(encoded)) % mmap.PAGESIZE)
     with path.open("xb", buffering=0) as file:
         pieces = _Pieces(file)
-        pieces.add(memoryview(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded))
+        head = bytearray(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
+        pieces.add(torch.frombuffer(head, dtype=torch.uint8))
         for _, tensor in ordered:
-            pieces.add(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            pieces.add(tensor.detach().contiguous().view(-1).view(torch.uint8))
         pieces.flush()
         os.fsync(file.fileno())
 
@@ -125,20 +126,21 @@ class _Pieces:
 
     def __init__(self, file: RawIOBase) -> None:
         self._file = file
-        self._buffer = memoryview(bytearray(_PIECE_BYTES))
+        self._buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
         self._filled = 0
 
-    def add(self, data: memoryview) -> None:
+    def add(self, data: torch.Tensor) -> None:
+        """Copied by torch, which leaves the interpreter to other threads meanwhile."""
         while len(data):
             count = min(len(data), _PIECE_BYTES - self._filled)
-            self._buffer[self._filled : self._filled + count] = data[:count]
+            self._buffer[self._filled : self._filled + count].copy_(data[:count])
             self._filled += count
             data = data[count:]
             if self._filled == _PIECE_BYTES:
                 self.flush()
 
     def flush(self) -> None:
-        left, self._filled = self._buffer[: self._filled], 0
+        left, self._filled = self._buffer[: self._filled].numpy().data, 0
         while len(left):
             left = left[self._file.write(left) or 0 :]
 

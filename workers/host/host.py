@@ -21,7 +21,7 @@ from time import monotonic
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
-from common.errors import FarmError
+from common.errors import FarmError, ResidencyFullError
 from common.logs import get_logger
 from config_db.spec import ModelSpec
 from tasks.keep_alive import keep_alive_s
@@ -29,7 +29,7 @@ from tasks.messages import Request
 from workers.host import devices, frames
 from workers.host.adapters import Adapters, adapter_error
 from workers.host.batches import BatchRun
-from workers.host.families.protocol import Model
+from workers.host.families.protocol import Model, Packable
 from workers.host.frames import (
     Answer,
     Batch,
@@ -55,6 +55,8 @@ SWITCH_S: Final = 0.001
 """The reader must get the interpreter soon although the compute thread wants it all the time."""
 FETCHES_AT_ONCE: Final = 4
 """Models and adapters that come from the Hub or a bucket at the same time."""
+BATCHES_UNTIL_PACKED: Final = 16
+"""Micro-batches after which a model has shown that it stays; packing costs about as much as one of them."""
 _READ_BYTES: Final = 1 << 18
 TRIM_FOR_S: Final = 10.0
 """So long after a load, memory that it freed is given back: copies of weights are written and exchanged meanwhile."""
@@ -88,6 +90,7 @@ class Host:
         self._adapters = Adapters(self._residency, self._loader.find, self._tell)
         self._fetchers = ThreadPoolExecutor(FETCHES_AT_ONCE, "fetcher")
         self._jobs: SimpleQueue[Job] = SimpleQueue()
+        self._served: dict[str, int] = {}
         self._absent: deque[Batch] = deque()
         self._hints: deque[Load] = deque()
         self._to_load = Condition()
@@ -311,6 +314,27 @@ class Host:
                 self._residency.release(batch.spec, [keep_alive_s(one.options) for one in job.requests] or (None,))
             if job.progress.is_answered:
                 self._outbox.send(job.progress.done())
+            self._settle_in(batch.spec)
+
+    def _settle_in(self, digest: str) -> None:
+        """Pack the weights of a model that stays, where memory is to spare: nobody else leaves for that."""
+        served = self._served[digest] = self._served.get(digest, 0) + 1
+        if served != BATCHES_UNTIL_PACKED:
+            return
+        model = self._residency.lease(digest)
+        if model is None:
+            return
+        try:
+            if isinstance(model, Packable) and 0 < model.packed_bytes <= self._residency.spare_bytes:
+                size = model.packed_bytes
+                is_packed = model.pack()
+                if is_packed:
+                    self._residency.grow(digest, model, size)
+                log.info("model_settled_in", spec=digest, packed=is_packed, bytes=size)
+        except ResidencyFullError:  # somebody else has taken the room meanwhile: it is over the budget until one leaves
+            log.warning("packed_over_budget", spec=digest)
+        finally:
+            self._residency.release(digest)
 
     def _warm_up(self, job: Job) -> None:
         """Run a model once before it is needed; what it answers, and whether it does, is nobody's concern."""
@@ -355,6 +379,7 @@ class Host:
 
     def _on_evicted(self, left: Eviction) -> None:
         self._adapters.forget(left.key)
+        self._served.pop(left.key, None)
         self._tell(left.key, "evicted", left.details())
 
     def _fatal(self, work: Any) -> Any:

@@ -33,9 +33,13 @@ class _Packed:
         )
         return found
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Packed":
+        """A copy of a layer computes with the same numbers; they are never written to."""
+        return self
+
 
 def packed_bytes(module: torch.nn.Module) -> int:
-    """Bytes that ``pack`` would take beside the weights themselves; zero if there is nothing to pack."""
+    """Bytes that ``pack`` takes beside the weights themselves; zero if there is nothing to pack."""
     return sum(layer.weight.numel() * layer.weight.element_size() for layer in _layers(module))
 
 

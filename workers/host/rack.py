@@ -98,7 +98,7 @@ class Rack:
         config._register_custom_module({torch.nn.Linear: AdaptedLinear})  # noqa: SLF001 - peft documents it so
         if self._peft is None:
             shared = {id(one): one for one in (*self._base.parameters(), *self._base.buffers())}
-            module = self._base
+            module = copy.deepcopy(self._base, shared)
             self._peft = PeftModel(
                 module, config, adapter_name=name, low_cpu_mem_usage=True, autocast_adapter_dtype=False
             )

@@ -158,6 +158,11 @@ class Residency(Generic[M]):
         with self._changed:
             return self._used()
 
+    @property
+    def spare_bytes(self) -> int:
+        """What is left of the budget."""
+        return self.budget_bytes - self.used_bytes
+
     def resident(self) -> dict[str, int]:
         """Bytes of each resident model, least recently used first."""
         with self._changed:
@@ -246,6 +251,11 @@ class Residency(Generic[M]):
         Raises:
             ResidencyFullError: there is no room and none can be made.
         """
+        with self._changed:
+            one = self._residents.get(key)
+            others = self._held_for_good() - (one.bytes if one is not None and one.terms.held else 0)
+            if one is not None and one.bytes + more_bytes > self.budget_bytes - others:  # waiting would not help
+                self._refuse(key, one.bytes + more_bytes)
         room = self.reserved(f"what hangs on {key}", more_bytes, wait_s=wait_s) if more_bytes > 0 else nullcontext()
         with room, self._changed:
             one = self._residents.get(key)

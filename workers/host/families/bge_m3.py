@@ -15,12 +15,12 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoModel
 
 from common.errors import FarmError
 from config_db.spec import ModelSpec
 from tasks import scores
 from tasks.messages import Request
+from workers.host.encoder import load_module
 from workers.host.families import results
 from workers.host.families.dense_folder import Folder, read_json, refusal, with_settings
 from workers.host.families.multivector import Vectors, unit_rows
@@ -40,7 +40,6 @@ from workers.host.families.token_encoder import (
     KeptFolders,
     TokenEncoder,
     Verdict,
-    load_complete,
     open_encoder,
     vocabulary_size,
 )
@@ -215,7 +214,7 @@ class BgeM3Family:
             spec,
             device,
             kept,
-            load=lambda: load_complete(AutoModel, files, formats=spec.trust.formats),
+            load=lambda: load_module(files, formats=spec.trust.formats),
             base=lambda module: module,
             vectors=lambda _, runner, texts: _check_vectors(runner, heads, kept.tokenizer, texts),
         )

@@ -27,7 +27,7 @@ from common.errors import FarmError, InferenceError, RequestError
 from common.logs import get_logger
 from config_db.spec import ModelSpec
 from tasks.messages import Request
-from workers.host import devices, precision
+from workers.host import devices, linears, precision
 from workers.host.copies import Copies
 from workers.host.encoder import (
     Encoder,
@@ -205,6 +205,15 @@ class DenseModel:
             if self._encoder is not None:
                 hang_in(self._encoder.module, weights)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that packed weights take beside the others."""
+        return linears.packed_bytes(self._encoder.module)
+
+    def pack(self) -> bool:
+        """Compute with packed weights from now on, if that is quicker here."""
+        return linears.pack(self._encoder.module)
+
     @cached_property
     def rack(self) -> "Rack":
         """What its adapters hang on; peft is imported with the first."""
@@ -219,6 +228,7 @@ class DenseModel:
             self.rack.close()
         with self._closing:
             module, self._encoder = self._encoder.module, None  # type: ignore[assignment]  # it runs no more
+        linears.unpack(module)
         self._skeletons.give_back(self._architecture, module)
 
     def _read(self, request: Request, texts: list[str]) -> _Texts:

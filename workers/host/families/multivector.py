@@ -13,13 +13,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModel
 
-from common.errors import FarmError
+from common.errors import FarmError, RequestError
 from config_db.spec import ModelSpec
 from tasks import scores
 from tasks.messages import Request
+from workers.host.encoder import load_module
 from workers.host.families import results
+from workers.host.families.dense_folder import refusal
 from workers.host.families.multivector_folder import MultivectorFolder, read_multivector_folder
 from workers.host.families.multivector_tokens import TokenReader, Tokens
 from workers.host.families.protocol import Device
@@ -34,7 +35,7 @@ from workers.host.families.request_texts import (
     read_parts,
     wanted_outputs,
 )
-from workers.host.families.token_encoder import KeptFolders, TokenEncoder, Verdict, load_complete, open_encoder
+from workers.host.families.token_encoder import KeptFolders, TokenEncoder, Verdict, open_encoder
 from workers.host.families.token_projection import read_inner_layer, read_layers
 from workers.host.maxsim import maxsim
 from workers.host.muvera import Muvera, fixed_vector, read_muvera
@@ -212,11 +213,12 @@ class MultivectorFamily:
         place = kept.folder.text.transformer
         layers = read_layers(kept.folder.layers) if kept.folder.layers else read_inner_layer(place)
         layers = layers.to(device.name)
+        _check_way(spec, layers)
         module, runner = open_encoder(
             spec,
             device,
             kept,
-            load=lambda: load_complete(AutoModel, place),
+            load=lambda: load_module(place),
             base=lambda module: module,
             vectors=lambda _, runner, texts: _check_vectors(TokenVectors(runner, layers), kept.reader, texts),
         )
@@ -238,6 +240,14 @@ def width_of(layers: torch.nn.Sequential) -> int:
     """Numbers in a token's vector."""
     last: Any = layers[-1]
     return int(getattr(last, "linear", last).out_features)
+
+
+def _check_way(spec: ModelSpec, layers: torch.nn.Sequential) -> None:
+    """ModelLoadError where the spec's own way to fold vectors is none."""
+    try:
+        read_muvera(spec.options.get("muvera"), token_dims=width_of(layers), param="options.muvera")
+    except RequestError as error:
+        raise refusal(f"options of its spec: {error.message}") from error
 
 
 def _folded(row: Vectors, way: Muvera, dtype: str, *, is_query: bool) -> dict[str, Any]:

@@ -163,9 +163,9 @@ def _mask(folder: MultivectorFolder, config: Mapping[str, Any]) -> MultivectorFo
 
 def _with_options(folder: MultivectorFolder, spec: ModelSpec) -> MultivectorFolder:
     """The spec's own: markers, the longest query and document, whether queries are expanded."""
-    options = spec.options
+    options = _checked(spec)
     longest = options.get("query_max_length")
-    if isinstance(longest, int):
+    if longest is not None:
         folder = replace(folder, query_length=longest)
         if folder.expansion is not None:
             kept = replace(folder.expansion, length=min(folder.expansion.length, longest), cuts=False)
@@ -181,6 +181,18 @@ def _with_options(folder: MultivectorFolder, spec: ModelSpec) -> MultivectorFold
         document_length=spec.max_length or folder.document_length,
         normalize=folder.normalize if spec.normalize is None else spec.normalize,
     )
+
+
+def _checked(spec: ModelSpec) -> Mapping[str, Any]:
+    """The spec's options; ModelLoadError for one that says nothing."""
+    given = {name: value for name, value in spec.options.items() if value is not None}
+    longest = given.get("query_max_length", 1)
+    kinds = {"query_max_length": int, "query_expansion": bool, "query_prefix": str, "document_prefix": str}
+    wrong = [name for name, kind in kinds.items() if name in given and type(given[name]) is not kind]
+    if wrong or longest < 1:
+        name = wrong[0] if wrong else "query_max_length"
+        raise refusal(f"options.{name} of its spec is {given[name]!r}, which says nothing")
+    return given
 
 
 def _unmarked(folder: MultivectorFolder) -> MultivectorFolder:

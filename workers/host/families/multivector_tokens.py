@@ -1,4 +1,4 @@
-"""The tokens of queries and documents of a late-interaction encoder: marked, cut, filled up, some left out. No torch."""
+"""The tokens of queries and documents of a late-interaction encoder: marked, cut, filled up, some left out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ culprit stands alone; a family that already knows which request is at fault answ
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from common.errors import FarmError
 from config_db.spec import ModelSpec
@@ -47,7 +47,7 @@ class Prepared(Protocol):
 
 
 class Model(Protocol):
-    """One loaded model."""
+    """One loaded model. One that takes adapters also has a ``rack`` (``workers.host.rack``) to hang them on."""
 
     @property
     def bytes(self) -> int:
@@ -64,6 +64,18 @@ class Model(Protocol):
 
     def close(self) -> None:
         """Give the memory back."""
+
+
+@runtime_checkable
+class Packable(Protocol):
+    """A model that runs quicker with a second, packed form of its weights: worth its bytes if the model stays."""
+
+    @property
+    def packed_bytes(self) -> int:
+        """Device bytes that ``pack`` takes; zero if there is nothing to pack."""
+
+    def pack(self) -> bool:
+        """Run on packed weights from now on, in the compute thread; false if that would be no quicker."""
 
 
 class Family(Protocol):

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from common.errors import FarmError, RequestError
 from config_db.spec import ModelSpec
 from tasks.messages import Request
+from workers.host.encoder import load_module
 from workers.host.families import results
 from workers.host.families.dense_folder import UNBOUNDED, read_json, refusal
 from workers.host.families.protocol import Device
@@ -40,7 +41,6 @@ from workers.host.families.token_encoder import (
     KeptFolders,
     TokenEncoder,
     Verdict,
-    load_complete,
     open_encoder,
     vocabulary_size,
 )
@@ -273,7 +273,7 @@ class SparseFamily:
             spec,
             device,
             kept,
-            load=lambda: load_complete(AutoModelForMaskedLM, kept.folder.text.transformer),
+            load=lambda: load_module(kept.folder.text.transformer, AutoModelForMaskedLM),
             base=_base,
             vectors=lambda module, runner, texts: _check_vectors(
                 Splade(module, runner, kept.folder), kept.tokenizer, texts

@@ -45,6 +45,9 @@ def read_sparse_folder(files: Path, spec: ModelSpec) -> SparseFolder:
     folder = _read_ways(files, SparseFolder(Folder(transformer=files)))
     text = with_settings(files, folder.text)
     shared = read_json(files / "config_sentence_transformers.json") or {}
+    most = spec.options.get("max_active_dims") or shared.get("max_active_dims")
+    if most is not None and type(most) is not int:
+        raise refusal(f"max_active_dims is {most!r}, which is no whole number")
     return replace(
         folder,
         text=replace(
@@ -53,7 +56,7 @@ def read_sparse_folder(files: Path, spec: ModelSpec) -> SparseFolder:
             prompts={**text.prompts, **spec.prompts},
             default_prompt=spec.default_prompt or text.default_prompt,
         ),
-        max_active_dims=spec.options.get("max_active_dims") or shared.get("max_active_dims"),
+        max_active_dims=most,
     )
 
 

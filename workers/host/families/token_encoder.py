@@ -16,7 +16,6 @@ from common.logs import get_logger
 from config_db.spec import ModelSpec
 from workers.host import devices, precision
 from workers.host.encoder import Encoder, Layout, attention_window, cast, encoder, layouts, plain_layout
-from workers.host.families.dense_folder import refusal
 from workers.host.families.protocol import Device
 from workers.host.families.text_folder import content_key
 from workers.host.packing import Pass, plan
@@ -70,33 +69,6 @@ class TokenEncoder:
     def partly_seen(self, ids: Sequence[Sequence[int]], seen: Sequence[int]) -> torch.Tensor:
         """States ``[count, length, width]`` of texts of equal length, of which only the first tokens are seen."""
         return self._encoder.partly_seen(ids, seen, self._plain.attention)
-
-
-def load_complete(auto: Any, files: Path, *, formats: Sequence[str] = ("safetensors",)) -> torch.nn.Module:
-    """Load through transformers, in float32, without running code from the folder.
-
-    Args:
-        auto: transformers' class to load with.
-        files: the folder.
-        formats: what the weights may be in; pickle is read as numbers only, if it is among these.
-
-    Raises:
-        ModelLoadError: weights are missing, which transformers would make up at random.
-    """
-    module, found = auto.from_pretrained(
-        files,
-        dtype=torch.float32,
-        use_safetensors=None if "pickle" in formats else True,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name.split("."))
-    if missing:  # a pooler may be: nothing here reads what it makes
-        raise refusal(f"its weights lack {missing[0]} and {len(missing) - 1} others that the model needs")
-    for parameter in module.parameters():
-        parameter.requires_grad_(requires_grad=False)
-    return module.eval()  # type: ignore[no-any-return]  # transformers is untyped
 
 
 def vocabulary_size(module: torch.nn.Module) -> int:

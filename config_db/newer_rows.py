@@ -89,6 +89,8 @@ def _laid_over(base: Snapshot, rows: Iterable[Any], number: int, epoch_id: UUID)
         held = part(FIELDS[kind])
         if deleted_at is not None:
             held.pop(name, None)
+            if kind == "model":
+                part("origins").pop(name, None)
             continue
         if kind == "model":
             part("origins")[name] = origin
