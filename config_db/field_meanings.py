@@ -45,7 +45,7 @@ MEANINGS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "Limits": {
         "max_concurrency": "Micro-batches at once in one worker.",
-        "queue_limit": "Requests that may wait on the whole farm.",
+        "queue_limit": "Requests that may wait on the whole farm. Kept, and not heeded yet.",
         "timeout_s": "Deadline of a synchronous request that names none, in seconds.",
         "max_items": "Items in one request.",
         "max_batch_tokens": "Tokens in one micro-batch.",
@@ -54,7 +54,7 @@ MEANINGS: Final[Mapping[str, Mapping[str, str]]] = {
         "tier": "Furthest place the weights fall back to when the device needs room.",
         "latency_class": "The lane of requests that name none.",
         "sharing": "Whether other models may be on the same device.",
-        "tenants": "Only the pools of these tenants run it; none named: all.",
+        "tenants": "Only the pools of these tenants run it; none named: all. Kept, and not heeded yet.",
         "machine_profiles": "Only workers of these run it; none named: all.",
         "pinned": "Never evicted once loaded.",
         "preload": "Loaded before anyone asks.",

@@ -11,9 +11,9 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from common.errors import SetupError
-from config_db.newer_rows import FIELDS, NEWER, PRESENT
 from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
+from config_db.newer_rows import FIELDS, NEWER, PRESENT
 from config_db.publish import Delete, Put, publish
 from config_db.reader import SnapshotReader
 from config_db.schema import KeyRow, Kind, Table

@@ -78,7 +78,7 @@ def test_a_process_that_was_frozen_is_not_taken_for_hanging() -> None:
 
 def test_extra_families_come_first_and_an_unknown_one_is_named() -> None:
     assert isinstance(registry.find("fake", {"fake": PLACE}), FakeFamily)
-    with pytest.raises(ModelLoadError, match="no model family 'fake'; known are .*dense") as refused:
+    with pytest.raises(ModelLoadError, match=r"no model family 'fake'; known are .*dense") as refused:
         registry.find("fake", {})
     assert refused.value.details["permanent"]
     with pytest.raises(ModelLoadError, match="cannot be imported"):

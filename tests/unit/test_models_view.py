@@ -65,7 +65,7 @@ def test_any_name_of_a_model_shows_it_under_its_own(web: FlaskClient, asked: str
     assert (found["id"], found["name"], found["object"]) == (named, named, "model")
 
 
-@pytest.mark.parametrize(("name", "reason"), [("org/later", "gliner"), ("org/never", "its code is nowhere")])
+@pytest.mark.parametrize(("name", "reason"), [("org/never", "its code is nowhere")])
 def test_a_model_that_cannot_be_served_says_why(web: FlaskClient, name: str, reason: str) -> None:
     found = info(web, name)
     assert (found["state"], found["loaded"]) == ("unsupported", False)
