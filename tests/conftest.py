@@ -1,6 +1,9 @@
 """Fixtures every test may ask for. Servers are real; a missing one skips on a laptop and fails in CI."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in a host, and before torch is imported: threads change the rounding
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
