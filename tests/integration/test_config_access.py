@@ -146,7 +146,7 @@ def test_a_permanent_pool_needs_no_renewal(session: Session) -> None:
         ("p", PoolSpec(machine_profiles={"l4": 1}, lease_s=-1), "lease_s"),
         ("p", PoolSpec(machine_profiles={"l4": 1}, tenant="nobody"), "tenant"),
         ("p", PoolSpec(machine_profiles={"l4": 1}, expires_at=datetime(2020, 1, 1, tzinfo=UTC)), "expires_at"),
-        ("p", PoolSpec(machine_profiles={"l4": 1}, expires_at=datetime(2999, 1, 1)), "expires_at"),  # noqa: DTZ001
+        ("p", PoolSpec(machine_profiles={"l4": 1}, expires_at=datetime(2999, 1, 1)), "expires_at"),  # noqa: DTZ001 - refused for it
     ],
 )
 def test_a_pool_that_cannot_be_is_refused_by_its_field(session: Session, name: str, spec: PoolSpec, param: str) -> None:
