@@ -10,7 +10,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import delete, func, insert, select, text
+from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
@@ -165,10 +165,8 @@ def _write_rows(
             replaced = {name: statement.excluded[name] for name in values[0] if name != "id"}
             session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=replaced), values)
         if gone:
-            table = rows.__table__
-            session.execute(
-                table.update().where(rows.id.in_(gone)).values(epoch=epoch, deleted_at=func.clock_timestamp())  # type: ignore[attr-defined]  # declared so by every table
-            )
+            gravestone = update(rows).where(rows.id.in_(gone)).values(epoch=epoch, deleted_at=func.clock_timestamp())
+            session.execute(gravestone, execution_options={"synchronize_session": False})
 
 
 def _check_names(session: Session, changed: Mapping[str, Mapping[str, Any] | None]) -> None:
