@@ -6,6 +6,7 @@ Owns when connections are made and dropped, and nothing else: what is asked over
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from common.clock import FarmClock
@@ -49,14 +50,15 @@ class FarmClient:
         """
         return submitting.submit(self._ready(), call, asynchronous=asynchronous)
 
-    def run(self, call: Call) -> Outcome:
-        """Submit a request and wait for its outcome, which may carry an error.
+    def run(self, call: Call, *, has_left: Callable[[], bool] | None = None) -> Outcome:
+        """Submit a request and wait for its outcome, which may carry an error; ``has_left``: as for ``Callers``.
 
         Raises:
             QueueFullError, QueueUnavailableError: as ``submit``.
             DeadlineExceededError: nobody answered in time, and now nobody will.
+            CancelledError: the caller has gone, and nobody had started its request.
         """
-        return submitting.run(self._ready(), call)
+        return submitting.run(self._ready(), call, has_left)
 
     def task(self, task_id: str, *, tenant: str = DEFAULT_TENANT, wait_s: float = 0.0) -> TaskView:
         """What has become of an asynchronous task; waits up to ``wait_s`` for it to end.

@@ -1,7 +1,8 @@
 """The connections of one process to the farm's Redis, and its clock.
 
-Owns the publisher, the listeners and one connection for plain commands; what is asked over them is for ``submitting``,
-``following``, ``settling`` and ``live_workers``. Foreign errors become QueueUnavailableError here.
+Owns the publisher, the listeners, the watch over callers and one connection for plain commands; what is asked over
+them is for ``submitting``, ``following``, ``settling`` and ``live_workers``. Foreign errors become
+QueueUnavailableError here.
 """
 
 import os
@@ -17,6 +18,7 @@ from common.clock import FarmClock
 from common.errors import QueueUnavailableError
 from common.logs import get_logger
 from tasks import scripts
+from tasks.callers import Callers
 from tasks.publisher import RETRY_AFTER_S, Publisher
 from tasks.redis_line import connection_options, is_out_of_memory
 from tasks.replies import ReplyListener
@@ -48,6 +50,7 @@ class Connections:
         self._clock_lock = threading.Lock()
         self._clock_failed_at = 0.0
         self._redis = redis.Redis.from_url(url, **connection_options())
+        self.callers = Callers(self.ask_many)
 
     def ask(self, *command: Any) -> Any:
         """One command; QueueUnavailableError if it is not answered."""
@@ -75,6 +78,7 @@ class Connections:
 
     def close(self) -> None:
         """Drop them all; who still waits learns of it."""
+        self.callers.close()
         self.publisher.close()
         self.replies.close()
         self.results.close()

@@ -31,7 +31,9 @@ OPEN = "farm:open"
 """Sorted set of open tasks: ids of admitted tasks without an outcome.
 
 The score is an instant on the farm clock, in seconds: the deadline and 60 s in which those who hold the task, or wait
-for it, are to settle it. Once it lies a minute back, anybody may close the task (``close_overdue.lua``).
+for it, are to settle it. Once it lies a minute back, anybody may close the task (``close_overdue.lua``). A synchronous
+task has no record to say that it has started: from then on its score lies half a second later (``start.lua``), and
+whoever cancels only what has not started compares it.
 """
 CANCELLED = "farm:cancelled"
 """Sorted set of settled task ids whose message may still be queued, scored by when to forget them (farm clock)."""
@@ -106,6 +108,11 @@ def celery_meta(task_id: str) -> str:
 def reply_list(process: str) -> str:
     """The list on which one web process receives its replies."""
     return f"farm:replies:{process}"
+
+
+def settled_keys(task_id: str) -> list[str]:
+    """What ``settle.lua`` touches to close one task, in its order."""
+    return [OPEN, CANCELLED, task_record(task_id), celery_meta(task_id), body_key(task_id)]
 
 
 def usage_key(day: str) -> str:

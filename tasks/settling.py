@@ -70,13 +70,7 @@ def close_overdue(script: Callable[[str, list[str], list[Any]], Answer], *, resu
 
 def _settle(connections: Connections, task_id: str, state: str, result: bytes) -> bool:
     """Close an open task; false if somebody else has. ``result`` is empty if nobody will read one."""
-    keys = [
-        names.OPEN,
-        names.CANCELLED,
-        names.task_record(task_id),
-        names.celery_meta(task_id),
-        names.body_key(task_id),
-    ]
+    keys = names.settled_keys(task_id)
     answer: int = connections.script("settle", keys, [task_id, state, result, connections.result_ttl_s, CANCELLED_S])
     return answer == 1
 

@@ -3,6 +3,7 @@
 ``publisher`` admits and publishes, ``replies`` waits; here a call becomes a message and the waiting gets its bounds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final
@@ -62,12 +63,13 @@ def submit(connections: Connections, call: Call, *, asynchronous: bool) -> str:
     return task_id
 
 
-def run(connections: Connections, call: Call) -> Outcome:
-    """Submit a request and wait for its outcome, which may carry an error.
+def run(connections: Connections, call: Call, has_left: Callable[[], bool] | None = None) -> Outcome:
+    """Submit a request and wait for its outcome, which may carry an error; ``has_left``: as for ``Callers``.
 
     Raises:
         QueueFullError, QueueUnavailableError: as ``submit``.
         DeadlineExceededError: nobody answered in time, and now nobody will.
+        CancelledError: the caller has gone, and nobody had started its request.
     """
     task_id = str(uuid4())
     started_at = monotonic()
@@ -75,8 +77,11 @@ def run(connections: Connections, call: Call) -> Outcome:
     try:
         entry = _entry(connections, task_id, call, waiter, asynchronous=False)
         connections.publisher.put(entry)
+        if has_left is not None:
+            connections.callers.watch(entry, waiter, has_left)
         outcome = _await_reply(connections, entry, waiter, started_at + call.timeout_s + REPLY_GRACE_S)
     finally:
+        connections.callers.forget(task_id)
         connections.replies.forget(task_id)
     return _whole(connections, outcome)
 

@@ -100,6 +100,12 @@ class StandIn:
         """Record the message as unacknowledged, as a pop does."""
         self.redis.hset(names.unacked(self.incarnation), taken.task_id, taken.raw)
 
+    def begin(self, taken: Taken) -> None:
+        """Say through the real script that the message has been started."""
+        keys = [names.unacked(self.incarnation), names.started(self.incarnation), names.OPEN]
+        record = names.task_record(taken.task_id) if taken.ticket.asynchronous else ""
+        self.redis.eval(scripts.source("start"), len(keys), *keys, taken.task_id, taken.task_id, record)
+
     def answer(self, *taken: Taken, error: FarmError | None = None, by_reference: bool = False) -> list[int]:
         """Give each its outcome through the real script; returns its answers: 1 answered, 0 somebody else had."""
         unacked, arguments = names.unacked(self.incarnation), [3600, 60]

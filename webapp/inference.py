@@ -11,7 +11,7 @@ from config_db.spec import ModelSpec
 from tasks.messages import Outcome
 from tasks.names import Operation
 from tasks.submitting import Call
-from webapp import admission, hub_models, routing
+from webapp import admission, callers, hub_models, routing
 from webapp.adapter_admission import choose_adapter
 from webapp.admission import Admitted
 from webapp.auth.principals import principal
@@ -34,7 +34,7 @@ def serve(operation: Operation, model: str, kind: type[B], admit: Admit[B]) -> R
     call = _call(here, operation, spec, epoch, body, admit, asynchronous=asynchronous)
     if asynchronous:
         return answers.accepted(here.client.submit(call, asynchronous=True))
-    outcome = here.client.run(call)
+    outcome = here.client.run(call, has_left=callers.watcher())
     outcome.raise_error()
     total_ms = (monotonic() - started_at) * 1e3
     return answers.outcome_answer(outcome, operation, total_ms=total_ms, msgpack_by_default=is_msgpack_body())
@@ -44,7 +44,8 @@ def run(operation: Operation, model: str, body: B, admit: Admit[B]) -> tuple[Mod
     """Run what a route of another protocol has read as ``body``, and wait for its outcome, which has succeeded."""
     here = farm()
     spec, epoch = _find(here, operation, model)
-    outcome = here.client.run(_call(here, operation, spec, epoch, body, admit, asynchronous=False))
+    call = _call(here, operation, spec, epoch, body, admit, asynchronous=False)
+    outcome = here.client.run(call, has_left=callers.watcher())
     outcome.raise_error()
     return spec, outcome
 

@@ -365,11 +365,13 @@ class Dispatcher:
             celery_state.task_accepted(held.request)
             held.request.time_start = self._clock.now()
             held.request.send_event("task-started")
-            tracked = held.ticket.asynchronous and held.ticket.admitted
-            arguments += [held.tag, names.task_record(held.id) if tracked else ""]
+            task_id = held.id if held.ticket.admitted else ""
+            tracked = task_id and held.ticket.asynchronous
+            arguments += [held.tag, task_id, names.task_record(task_id) if tracked else ""]
         if arguments:
             incarnation = self._incarnation()
-            self._link.script("start", [names.unacked(incarnation), names.started(incarnation)], arguments)
+            keys = [names.unacked(incarnation), names.started(incarnation), names.OPEN]
+            self._link.script("start", keys, arguments)
 
     def _hang_s(self, pick: Pick) -> float:
         """The larger of 5 s and ten times the measured time; 60 s until measured."""

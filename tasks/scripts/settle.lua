@@ -3,9 +3,11 @@
 -- cancelled ones, so that a worker drops it uncomputed.
 -- KEYS: 1 open tasks, 2 cancelled ids, 3 task record, 4 result key, 5 body key.
 -- ARGV: 1 task id, 2 state, 3 result ('' if nobody will read one), 4 seconds the result is kept,
---       5 seconds the id stays among the cancelled ones.
+--       5 seconds the id stays among the cancelled ones, 6 the score of a task that has not started, if none that has
+--       shall be closed.
 -- The cancelled ids go one by one as others come, and all at once when the last of them has stayed its time.
--- Returns 1 if this call settled the task, 0 if somebody else has.
+-- Returns 1 if this call settled the task, 0 if somebody else has, or will as it has started.
+if ARGV[6] and tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0) ~= tonumber(ARGV[6]) then return 0 end
 if redis.call('ZREM', KEYS[1], ARGV[1]) == 0 then return 0 end
 local now = tonumber(redis.call('TIME')[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)

@@ -1,11 +1,15 @@
--- Mark messages as started by this incarnation, and asynchronous tasks as running. Nobody waits for the answer.
--- KEYS: 1 unacknowledged records, 2 started marks. ARGV: pairs of tag and task record ('' if none).
-for at = 1, #ARGV, 2 do
-  if redis.call('HEXISTS', KEYS[1], ARGV[at]) == 1 then
-    redis.call('HSET', KEYS[2], ARGV[at], '1')
-    if ARGV[at + 1] ~= '' and redis.call('EXISTS', ARGV[at + 1]) == 1 then
-      redis.call('HSET', ARGV[at + 1], 'state', 'running')
+-- Note that messages have been started. A synchronous task has no record: its score among the open tasks says it.
+-- KEYS: 1 unacknowledged records, 2 started marks, 3 open tasks.
+-- ARGV: three fields a message: tag, task id ('' if it was never admitted), task record ('' if none).
+for at = 1, #ARGV, 3 do
+  local tag, id, record = ARGV[at], ARGV[at + 1], ARGV[at + 2]
+  if redis.call('HEXISTS', KEYS[1], tag) == 1 then
+    redis.call('HSET', KEYS[2], tag, '1')
+    if record == '' then
+      if id ~= '' then redis.call('ZADD', KEYS[3], 'XX', 'INCR', '0.5', id) end
+    elseif redis.call('EXISTS', record) == 1 then
+      redis.call('HSET', record, 'state', 'running')
     end
   end
 end
-return #ARGV / 2
+return #ARGV / 3

@@ -1,6 +1,7 @@
 """A web process that dies at a step of a request: what it had published is answered once, what not was never there."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -65,4 +66,24 @@ def test_a_caller_that_goes_away_leaves_nothing_behind(live: LiveFarm) -> None:
     live.assert_settled()
     wait_until(lambda: not live.redis.keys("farm:replies:*"), 10, "its reply to be taken off the list")
     assert web.http.post(f"/v1/encode/{FAKE}", json={"items": [{"text": "next"}]}).status_code == 200
+    stop_web(web)
+
+
+def test_what_a_caller_has_left_is_never_computed_unless_it_was_running(live: LiveFarm) -> None:
+    """Two micro-batches keep the host busy; what waits behind them would end it, were it computed."""
+    web = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url)
+    url, worker = f"/v1/encode/{FAKE}", live.workers[0]
+    hosts = worker.host_pids()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(web.http.post, url, json={"items": [{"text": "!sleep:2"}]})
+        wait_until(lambda: worker.started() == 1, 10, "the first to run")
+        next_one = live.send("!sleep:0.1")
+        wait_until(lambda: worker.started() == 2, 10, "the second to be prepared")
+        with pytest.raises(httpx.ReadTimeout):
+            web.http.post(url, json={"items": [{"text": "!exit"}]}, timeout=0.3)
+        wait_until(lambda: live.redis.zcard(names.OPEN) == 2, 10, "the third to be cancelled")
+        assert running.result(20).status_code == 200
+    live.wait_outcomes([next_one])
+    live.assert_settled()
+    assert worker.host_pids() == hosts
     stop_web(web)
