@@ -11,10 +11,11 @@ from typing import Final
 
 from common.clock import FarmClock
 from common.errors import QueueUnavailableError
-from tasks import following, submitting, web_processes
+from tasks import following, once, submitting, web_processes
 from tasks.connections import Connections
 from tasks.live_workers import WorkerView, live_workers
 from tasks.messages import Outcome
+from tasks.once import Once, Submitted
 from tasks.records import DEFAULT_TENANT, TaskView
 from tasks.submitting import Call
 from tasks.web_processes import WebView
@@ -59,6 +60,22 @@ class FarmClient:
             CancelledError: the caller has gone, and nobody had started its request.
         """
         return submitting.run(self._ready(), call, has_left)
+
+    def submit_once(self, call: Call, use: Once) -> Submitted:
+        """As ``submit``, under an idempotency key.
+
+        Raises:
+            IdempotencyError: the key was used for another request.
+        """
+        return once.submit_once(self._ready(), call, use)
+
+    def run_once(self, call: Call, use: Once) -> tuple[Outcome, bool]:
+        """As ``run``, under an idempotency key; also returns whether the outcome is an earlier request's.
+
+        Raises:
+            IdempotencyError: the key was used for another request.
+        """
+        return once.run_once(self._ready(), call, use)
 
     def task(self, task_id: str, *, tenant: str = DEFAULT_TENANT, wait_s: float = 0.0) -> TaskView:
         """What has become of an asynchronous task; waits up to ``wait_s`` for it to end.

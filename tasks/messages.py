@@ -40,7 +40,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     ``key`` is the batching key: requests that share it may share a forward pass. ``deadline`` and ``published`` are
     instants on the farm clock, in seconds. ``tokens`` is an estimate. ``spec`` is the digest of the model's spec.
     ``admitted`` says that the task stands in ``farm:open`` and is settled through it. ``query_id`` is echoed.
-    ``images`` counts items that are one.
+    ``images`` counts items that are one. ``keep_s`` is how long the result is kept, zero as long as any.
     """
 
     model: str
@@ -60,6 +60,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     trace: str | None = None
     query_id: str | None = None
     images: int = 0
+    keep_s: int = 0
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):

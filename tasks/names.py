@@ -115,6 +115,11 @@ def settled_keys(task_id: str) -> list[str]:
     return [OPEN, CANCELLED, task_record(task_id), celery_meta(task_id), body_key(task_id)]
 
 
+def once_key(tenant: str, digest: str) -> str:
+    """What stands under an idempotency key of a tenant: the fingerprint of the request and the task's id."""
+    return f"farm:once:{tenant}:{digest}"
+
+
 def usage_key(day: str) -> str:
     """Hash of booked usage for one UTC day, ``YYYY-MM-DD``: ``tenant|model|unit`` to an integer."""
     return f"farm:usage:{day}"

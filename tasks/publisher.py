@@ -30,15 +30,18 @@ OPEN_GRACE_S: Final = 60
 ROUND_MESSAGES: Final = 128
 ROUND_BYTES: Final = 8 * 2**20
 _BELLS: Final = names.bell("")
+_TAKEN: Final = b"taken "
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
     """One message on its way to Redis.
 
-    ``on_failure`` is called in the publisher's thread, at most once. ``is_published`` is set when Redis has confirmed.
+    ``on_failure`` or ``on_published`` is called in the publisher's thread, once. ``is_published`` is set when Redis has
+    confirmed.
     ``timeout_s`` is what is left until the deadline.
-    ``record_s`` is how long the task's record is kept; None for a synchronous task, which has none.
+    ``record_s`` is how long the task's record is kept; None for a synchronous task, which has none. ``once`` is what
+    ``publish.lua`` is told of an idempotency key; ``taken`` is what it found there, and then nothing was published.
     """
 
     task_id: str
@@ -53,6 +56,8 @@ class Entry:
     model: str = ""
     operation: str = ""
     tenant: str = ""
+    once: str = ""
+    taken: str = ""
     queued_at: float = field(default_factory=monotonic)
     is_published: bool = False
 
@@ -130,12 +135,13 @@ class Publisher:
             _fail(entries, FarmError(f"the request could not be published: {error}"))
             return
         for entry, answer in zip(entries, answers, strict=True):
-            if answer == b"ok":
-                entry.is_published = True
-                if entry.on_published is not None:
-                    entry.on_published()
-            else:
+            if answer != b"ok" and not answer.startswith(_TAKEN):
                 entry.on_failure(_refusal(entry, answer))
+                continue
+            entry.taken = answer.removeprefix(_TAKEN).decode() if answer != b"ok" else ""
+            entry.is_published = not entry.taken
+            if entry.on_published is not None:
+                entry.on_published()
 
     def _in_time(self, entries: list[Entry]) -> list[Entry]:
         """Fail at once those that waited so long that another round could exceed what callers are promised."""
@@ -179,6 +185,7 @@ class Publisher:
                 entry.operation,
                 entry.deadline,
                 entry.tenant,
+                entry.once,
             )
         queues = [entry.queue for entry in entries]
         keys = len(entries) + 1

@@ -54,13 +54,23 @@ def submit(connections: Connections, call: Call, *, asynchronous: bool) -> str:
         QueueFullError: refused; nothing was published.
         QueueUnavailableError: no confirmation within 2.5 s.
     """
-    task_id = str(uuid4())
+    return publish(connections, call, asynchronous=asynchronous).task_id
+
+
+def publish(
+    connections: Connections, call: Call, *, asynchronous: bool = True, once: str = "", keep_s: int = 0
+) -> Entry:
+    """As ``submit``, but returns the entry, which may say that an idempotency key is taken.
+
+    ``once`` is the key as ``publish.lua`` takes it, if there is one; ``keep_s`` as in a ticket.
+    """
     waiter = Waiter()
-    entry = _entry(connections, task_id, call, waiter, asynchronous=asynchronous)
+    entry = _entry(connections, str(uuid4()), call, waiter, asynchronous=asynchronous, keep_s=keep_s)
+    entry.once = once
     entry.on_published = waiter.confirm
     connections.publisher.put(entry)
     _await_publish(waiter, entry)
-    return task_id
+    return entry
 
 
 def run(connections: Connections, call: Call, has_left: Callable[[], bool] | None = None) -> Outcome:
@@ -86,7 +96,9 @@ def run(connections: Connections, call: Call, has_left: Callable[[], bool] | Non
     return _whole(connections, outcome)
 
 
-def _entry(connections: Connections, task_id: str, call: Call, waiter: Waiter, *, asynchronous: bool) -> Entry:
+def _entry(
+    connections: Connections, task_id: str, call: Call, waiter: Waiter, *, asynchronous: bool, keep_s: int = 0
+) -> Entry:
     body = messages.encode_body(call.model, call.request)
     is_large = len(body) > INLINE_BODY_BYTES
     ticket = _ticket(
@@ -94,6 +106,7 @@ def _entry(connections: Connections, task_id: str, call: Call, waiter: Waiter, *
         now=connections.clock.now(),
         asynchronous=asynchronous,
         body_key=names.body_key(task_id) if is_large else None,
+        keep_s=keep_s,
     )
     queue = queue_name(call.pool, call.machine_profile, call.lane)
     reply_to = None if asynchronous else connections.replies.list
@@ -108,14 +121,14 @@ def _entry(connections: Connections, task_id: str, call: Call, waiter: Waiter, *
         on_failure=waiter.fail,
         body=body if is_large else b"",
         timeout_s=call.timeout_s,
-        record_s=int(call.timeout_s) + OPEN_GRACE_S + connections.result_ttl_s if asynchronous else None,
+        record_s=int(call.timeout_s) + OPEN_GRACE_S + (keep_s or connections.result_ttl_s) if asynchronous else None,
         model=call.model,
         operation=call.operation.value,
         tenant=call.tenant,
     )
 
 
-def _ticket(call: Call, *, now: float, asynchronous: bool, body_key: str | None) -> Ticket:
+def _ticket(call: Call, *, now: float, asynchronous: bool, body_key: str | None, keep_s: int) -> Ticket:
     return Ticket(
         model=call.model,
         spec=call.spec,
@@ -133,6 +146,7 @@ def _ticket(call: Call, *, now: float, asynchronous: bool, body_key: str | None)
         trace=call.trace,
         query_id=call.query_id,
         images=call.images,
+        keep_s=keep_s,
     )
 
 
@@ -140,7 +154,7 @@ def _await_publish(waiter: Waiter, entry: Entry) -> None:
     waiter.wait(entry.queued_at + WAIT_S - monotonic())
     if waiter.error is not None:
         raise waiter.error
-    if not entry.is_published:
+    if not entry.is_published and not entry.taken:
         raise QueueUnavailableError("the queue did not confirm in time; try again soon", retry_after_s=RETRY_AFTER_S)
 
 

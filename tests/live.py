@@ -229,6 +229,7 @@ class LiveFarm:
                 "encode",
                 ticket.deadline,
                 ticket.tenant,
+                "",
             ]
         queues = [queue for *_, queue in made]
         answers: Any = self.redis.eval(scripts.source("publish"), len(queues) + 1, names.OPEN, *queues, *arguments)

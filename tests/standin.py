@@ -108,7 +108,7 @@ class StandIn:
 
     def answer(self, *taken: Taken, error: FarmError | None = None, by_reference: bool = False) -> list[int]:
         """Give each its outcome through the real script; returns its answers: 1 answered, 0 somebody else had."""
-        unacked, arguments = names.unacked(self.incarnation), [3600, 60]
+        unacked, arguments = names.unacked(self.incarnation), [taken[0].ticket.keep_s or 3600, 60]
         for one in taken:
             arguments += self._fields(one, error, by_reference=by_reference)
         keys = [

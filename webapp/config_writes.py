@@ -14,6 +14,7 @@ from webapp.config_store import config_store
 from webapp.farm import Farm, farm
 from webapp.wire import configs as wire
 from webapp.wire.configs import Incoming
+from webapp.wire.headers import read_idempotency_key
 
 SEEN_WITHIN_S: Final = 1.0
 """A writer waits so long at most for this process to serve what it has written."""
@@ -31,7 +32,7 @@ def write(incoming: Incoming, change: Callable[[Session, Intent], Answer]) -> Re
         ConfigUnavailableError: PostgreSQL does not answer.
         IdempotencyError: the key was used for another write.
     """
-    intent, key = wire.read_intent(), wire.read_idempotency_key()
+    intent, key = wire.read_intent(), read_idempotency_key()
     answer = config_store().write(lambda session: change(session, intent), key=key, digest=incoming.digest)
     _catch_up(farm(), wire.epoch_of(answer))
     return wire.written(answer)

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TypeVar
 
+from flask import request as incoming
 from flask.typing import ResponseReturnValue
 
 from common.settings import WebSettings
 from config_db.spec import ModelSpec
 from tasks.messages import Outcome
 from tasks.names import Operation
+from tasks.once import Once, once
 from tasks.submitting import Call
 from webapp import admission, callers, hub_models, routing
 from webapp.adapter_admission import choose_adapter
@@ -17,7 +19,7 @@ from webapp.admission import Admitted
 from webapp.auth.principals import principal
 from webapp.farm import Farm, farm
 from webapp.wire import answers, bodies
-from webapp.wire.headers import is_msgpack_body
+from webapp.wire.headers import is_msgpack_body, read_idempotency_key, say_replayed
 
 B = TypeVar("B")
 Admit = Callable[[ModelSpec, B, WebSettings], Admitted]
@@ -33,9 +35,8 @@ def serve(operation: Operation, model: str, kind: type[B], admit: Admit[B]) -> R
     body = bodies.read(kind, max_bytes=here.settings.max_body_bytes)
     call = _call(here, operation, spec, epoch, body, admit, asynchronous=asynchronous)
     if asynchronous:
-        return answers.accepted(here.client.submit(call, asynchronous=True))
-    outcome = here.client.run(call, has_left=callers.watcher())
-    outcome.raise_error()
+        return answers.accepted(_submit(here, call))
+    outcome = _outcome(here, call)
     total_ms = (monotonic() - started_at) * 1e3
     return answers.outcome_answer(outcome, operation, total_ms=total_ms, msgpack_by_default=is_msgpack_body())
 
@@ -44,10 +45,39 @@ def run(operation: Operation, model: str, body: B, admit: Admit[B]) -> tuple[Mod
     """Run what a route of another protocol has read as ``body``, and wait for its outcome, which has succeeded."""
     here = farm()
     spec, epoch = _find(here, operation, model)
-    call = _call(here, operation, spec, epoch, body, admit, asynchronous=False)
-    outcome = here.client.run(call, has_left=callers.watcher())
+    return spec, _outcome(here, _call(here, operation, spec, epoch, body, admit, asynchronous=False))
+
+
+def _outcome(here: Farm, call: Call) -> Outcome:
+    """The outcome of a request, computed now or under its idempotency key before; raises the error that it carries."""
+    use = _once()
+    if use is None:
+        outcome = here.client.run(call, has_left=callers.watcher())
+    else:  # whoever sends a key may come back for the outcome: its request goes on without it
+        outcome, is_replayed = here.client.run_once(call, use)
+        if is_replayed:
+            say_replayed()
     outcome.raise_error()
-    return spec, outcome
+    return outcome
+
+
+def _submit(here: Farm, call: Call) -> str:
+    """Publish an asynchronous request, unless that was done under its idempotency key before; the task's id."""
+    use = _once()
+    if use is None:
+        return here.client.submit(call, asynchronous=True)
+    submitted = here.client.submit_once(call, use)
+    if submitted.is_replayed:
+        say_replayed()
+    return submitted.task_id
+
+
+def _once() -> Once | None:
+    """The use that the current request makes of an idempotency key: the same route and body are the same request."""
+    key = read_idempotency_key()
+    if key is None:
+        return None
+    return once(principal().tenant, key, incoming.path.encode() + b"\n" + bodies.body_digest())
 
 
 def _find(here: Farm, operation: Operation, model: str) -> tuple[ModelSpec, int]:

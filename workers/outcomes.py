@@ -97,7 +97,7 @@ class OutcomeWriter:
     def flush(self) -> None:
         """Send what is buffered, at most 64 messages or 4 MiB a call."""
         waiting, self._waiting = self._waiting, []
-        for _, same in groupby(waiting, key=lambda pending: pending.held.incarnation):
+        for _, same in groupby(waiting, key=lambda one: (one.held.incarnation, one.held.ticket.keep_s)):
             for chunk in _chunks(list(same)):
                 self._send(chunk)
 
@@ -117,7 +117,7 @@ class OutcomeWriter:
             names.usage_key(day),
             index,
         ]
-        arguments: list[Any] = [self._result_ttl_s, REPLY_TTL_S]
+        arguments: list[Any] = [chunk[0].held.ticket.keep_s or self._result_ttl_s, REPLY_TTL_S]
         for pending in chunk:
             arguments += pending.fields
         self._unconfirmed += len(chunk)

@@ -87,3 +87,23 @@ def test_what_a_caller_has_left_is_never_computed_unless_it_was_running(live: Li
     live.assert_settled()
     assert worker.host_pids() == hosts
     stop_web(web)
+
+
+@pytest.mark.parametrize(("point", "is_replayed"), [("web.before_publish", False), ("web.published", True)])
+def test_a_retry_after_the_death_of_a_web_process_finds_what_was_published(
+    live: LiveFarm, point: str, is_replayed: bool
+) -> None:
+    """By the idempotency key that both tries carry; what was published is computed once."""
+    request = {"json": {"items": [{"text": "x"}]}, "headers": {"Idempotency-Key": "k"}}
+    dies = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url, FAULT=point)
+    with pytest.raises(httpx.TransportError):
+        dies.http.post(f"/v1/encode/{FAKE}", **request)
+    dies.process.kill()
+    dies.process.wait(10)
+    dies.http.close()
+    web = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url)
+    retried = web.http.post(f"/v1/encode/{FAKE}", **request)
+    assert (retried.status_code, "Idempotency-Replayed" in retried.headers) == (200, is_replayed)
+    assert len(live.redis.keys("farm:task:*")) == 1
+    live.assert_settled()
+    stop_web(web)

@@ -1,11 +1,12 @@
 """Request bodies: bytes in, typed structs out. Whatever is wrong with a body is a RequestError that names the field."""
 
 import re
+from hashlib import sha256
 from math import isfinite
 from typing import Any, Final, TypeVar
 
 import msgspec
-from flask import request
+from flask import g, request
 
 from common.errors import BodyTooLargeError, RequestError
 from webapp.wire.headers import is_msgpack_body
@@ -153,7 +154,15 @@ def read_raw(max_bytes: int) -> bytes:
         raise _too_large(max_bytes)
     if length is not None and len(raw) < length:
         raise RequestError("the body ended before its stated length")
+    if "HTTP_IDEMPOTENCY_KEY" in environ:
+        g.body_digest = sha256(raw).digest()
     return raw
+
+
+def body_digest() -> bytes:
+    """A digest of the body that was read; for requests with an idempotency key only."""
+    digest: bytes = g.body_digest
+    return digest
 
 
 def _too_large(max_bytes: int) -> BodyTooLargeError:

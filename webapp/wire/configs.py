@@ -53,7 +53,6 @@ _CODES: Final[Mapping[type[FarmError], str]] = {
 """What stands under ``detail.error``, by kind of error."""
 _UNPROCESSABLE: Final = 422
 _EPOCH: Final = re.compile(r'(?:W/)?"?(\d{1,18})"?')
-_KEY: Final = re.compile(r"[!-~]{1,255}")
 _MAX_ACTOR: Final = 100
 _MAX_REASON: Final = 500
 _AT_ONCE_BYTES: Final = 32 << 10
@@ -109,14 +108,6 @@ def read_intent() -> Intent:
     name = principal().name if principal() is not ANYBODY else said or ANYBODY.name
     reason = _words("X-Farmhand-Reason", _MAX_REASON) or f"{request.method} {request.path}"[:_MAX_REASON]
     return Intent(f"{name}@{request.remote_addr or 'unknown'}", reason, _expected_epoch())
-
-
-def read_idempotency_key() -> str | None:
-    """The idempotency key, if there is one; RequestError if it can be none."""
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not _KEY.fullmatch(key):
-        raise RequestError("an Idempotency-Key is 1 to 255 letters of ASCII without spaces", param="Idempotency-Key")
-    return key
 
 
 def _expected_epoch() -> int | None:

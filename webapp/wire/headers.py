@@ -6,13 +6,14 @@ from uuid import uuid4
 
 from flask import Response, g, request
 
-from common.errors import MediaTypeError
+from common.errors import MediaTypeError, RequestError
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
 _MSGPACK_TYPES: Final = ("application/msgpack", "application/x-msgpack")
 CONTRACT_VERSION: Final = "0.10.1"
 """The version of the public HTTP contract that we speak; its SDK compares it with its own."""
+_KEY: Final = re.compile(r"[!-~]{1,255}")
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
 
@@ -50,7 +51,22 @@ def request_id() -> str:
     return known
 
 
+def read_idempotency_key() -> str | None:
+    """The idempotency key, if there is one; RequestError if it can be none."""
+    key: str | None = request.environ.get("HTTP_IDEMPOTENCY_KEY")
+    if key is not None and not _KEY.fullmatch(key):
+        raise RequestError("an Idempotency-Key is 1 to 255 letters of ASCII without spaces", param="Idempotency-Key")
+    return key
+
+
+def say_replayed() -> None:
+    """The answer to the current request is that to an earlier one."""
+    g.is_replayed = True
+
+
 def set_common(response: Response) -> None:
     """What every answer carries."""
+    if "is_replayed" in g:
+        response.headers["Idempotency-Replayed"] = "true"
     response.headers["X-SIE-Server-Version"] = CONTRACT_VERSION
     response.headers["X-SIE-Request-ID"] = request_id()
