@@ -39,7 +39,7 @@ def walk(folder: Path) -> Iterator[Path]:
         is_hidden = path.name.startswith(".") and path.name != ".ci"
         if path.is_dir() and not is_hidden and not is_made and path != ROOT / "bench" / "out":
             yield from walk(path)
-        elif path.is_file() and not path.is_symlink():
+        elif path.is_file() and not path.is_symlink() and path.name != ".git":  # which it is in a worktree
             yield path
 
 
