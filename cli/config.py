@@ -130,12 +130,18 @@ def export(
 @app.command()
 def history(
     limit: Annotated[int, typer.Option(help="epochs to show", min=1)] = 20,
+    prune: Annotated[bool, typer.Option("--prune", help="first purge all that is older than the farm keeps")] = False,
     data_dir: DataDir = local_farm.DATA_DIR,
 ) -> None:
     """List the epochs, newest first: when, who, why, and how many rows were added, changed and removed."""
-    from cli.database import reading
+    from cli.database import reading, writing
+    from config_db import retention
     from config_db.epoch_entries import latest_epochs
 
+    if prune:
+        with writing(local_farm.database_url(data_dir)) as session:
+            begins = retention.prune(session)
+        Screen().say(f"the history begins with epoch {begins}")
     with reading(local_farm.database_url(data_dir)) as session:
         entries = latest_epochs(session, limit=limit)
     rows = [

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from psycopg.errors import UndefinedTable
+from psycopg.errors import UndefinedColumn, UndefinedTable
 from sqlalchemy import Engine
 from sqlalchemy.exc import NoResultFound, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -59,8 +59,9 @@ def _explained() -> Iterator[None]:
     except NoResultFound as error:
         raise SetupError("the config DB has no epoch: its schema was not made by `farmhand migrate`") from error
     except ProgrammingError as error:
-        if isinstance(error.orig, UndefinedTable):
-            raise SetupError(f"the config DB has no schema yet, run `farmhand migrate`: {reason(error)}") from error
+        if isinstance(error.orig, (UndefinedColumn, UndefinedTable)):
+            message = f"the config DB lacks this release's schema, run `farmhand migrate`: {reason(error)}"
+            raise SetupError(message) from error
         raise SetupError(f"the config DB refused: {reason(error)}") from error
     except OperationalError as error:
         raise SetupError(f"PostgreSQL does not answer any more: {reason(error)}") from error

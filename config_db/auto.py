@@ -105,7 +105,7 @@ def register(session: Session, model_id: str, *, allow: Allow, describe: Callabl
 
 
 def _was_deleted(session: Session, model_id: str) -> bool:
-    """Whether somebody took the model away; tombstones go in time, the history stays."""
+    """Whether somebody took the model away; tombstones go in time, a model's last change stays."""
     changes = select(HistoryRow.after).where(HistoryRow.kind == "model", HistoryRow.name == model_id)
     last = session.execute(changes.order_by(HistoryRow.id.desc()).limit(1)).one_or_none()
     return last is not None and last.after is None

@@ -206,6 +206,12 @@ def read_model(document: Any, *, families: Collection[str] = ()) -> ModelSpec:
     if spec.family not in FAMILIES and spec.family not in families:
         known = sorted({*FAMILIES, *families})
         raise ConfigError(f"family: there is no {spec.family!r}{did_you_mean(spec.family, known)}", param="family")
+    for field, is_wanted, why in (
+        ("trust.remote_code", spec.trust.remote_code, "Farmhand runs no code of a repository: leave this out"),
+        ("placement.sharing", not spec.placement.sharing, "models share devices: set workers aside with a pool"),
+    ):
+        if is_wanted:
+            raise ConfigError(f"{field}: {why}", param=field)
     return spec
 
 

@@ -7,7 +7,7 @@ import msgspec
 from sqlalchemy import ColumnElement, case, func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from config_db.schema import EpochRow, HistoryRow
+from config_db.schema import EpochRow, FarmEpoch, HistoryRow
 
 
 class EpochEntry(msgspec.Struct, frozen=True):
@@ -23,8 +23,10 @@ class EpochEntry(msgspec.Struct, frozen=True):
 
 
 def latest_epochs(session: Session, *, limit: int) -> list[EpochEntry]:
-    """The newest epochs, newest first."""
+    """The newest epochs, newest first, as far back as the history is kept."""
     was, is_there = _is_there(HistoryRow.before), _is_there(HistoryRow.after)
+    begins = select(FarmEpoch.history_from).scalar_subquery()
+    newest = select(EpochRow.number).where(EpochRow.number >= begins).order_by(EpochRow.number.desc()).limit(limit)
     statement = (
         select(
             EpochRow.number,
@@ -36,7 +38,7 @@ def latest_epochs(session: Session, *, limit: int) -> list[EpochEntry]:
             func.count(case((was & ~is_there, 1))),
         )
         .outerjoin(HistoryRow, HistoryRow.epoch == EpochRow.number)
-        .where(EpochRow.number.in_(select(EpochRow.number).order_by(EpochRow.number.desc()).limit(limit)))
+        .where(EpochRow.number.in_(newest))
         .group_by(EpochRow.number)
         .order_by(EpochRow.number.desc())
     )

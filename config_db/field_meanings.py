@@ -53,8 +53,8 @@ MEANINGS: Final[Mapping[str, Mapping[str, str]]] = {
     "Placement": {
         "tier": "Furthest place the weights fall back to when the device needs room.",
         "latency_class": "The lane of requests that name none.",
-        "sharing": "Whether other models may be on the same device.",
-        "tenants": "Only the pools of these tenants run it; none named: all. Kept, and not heeded yet.",
+        "sharing": "Always true: models share devices. Workers are set aside with a pool.",
+        "tenants": "Only these tenants may use it, and only their pools run it; none named: all.",
         "machine_profiles": "Only workers of these run it; none named: all.",
         "pinned": "Never evicted once loaded.",
         "preload": "Loaded before anyone asks.",
@@ -62,7 +62,7 @@ MEANINGS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "Access": {"tenants": "Only these tenants may use it; none named: everyone."},
     "Trust": {
-        "remote_code": "Whether code of the repository may run.",
+        "remote_code": "Always false: no code of a repository is run.",
         "formats": "Formats the weights may have; pickle can run code.",
     },
 }

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from config_db.diff import Difference, differences, is_same
 from config_db.past import RESTORED, contents_at
-from config_db.schema import EpochRow, HistoryRow, Kind
+from config_db.schema import EpochRow, FarmEpoch, HistoryRow, Kind
 
 MOST_CHANGES: Final = 100
 """So many changes of one epoch are listed; an epoch of a whole catalogue has more."""
@@ -75,7 +75,8 @@ def read_history(session: Session, *, limit: int, before: int | None = None, mod
         before: only epochs older than this one.
         model: only epochs that changed this model; all that they changed is told.
     """
-    statement = select(EpochRow).order_by(EpochRow.number.desc()).limit(limit)
+    begins = select(FarmEpoch.history_from).scalar_subquery()
+    statement = select(EpochRow).where(EpochRow.number >= begins).order_by(EpochRow.number.desc()).limit(limit)
     if before is not None:
         statement = statement.where(EpochRow.number < before)
     if model is not None:

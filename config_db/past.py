@@ -7,11 +7,11 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.orm import Session
 
-from common.errors import NotFoundError
 from config_db.epochs import lock_epoch
 from config_db.owners import belongs_in_files, check_owners
 from config_db.publish import Delete, Published, Put, live, publish
-from config_db.schema import EpochRow, HistoryRow, Kind, ModelRow, Origin
+from config_db.retention import check_kept
+from config_db.schema import HistoryRow, Kind, ModelRow, Origin
 
 RESTORED: Final[Sequence[Kind]] = ("setting", "tenant", "pool", "model")
 """What a rollback brings back. Never keys: one that was revoked stays so."""
@@ -23,10 +23,9 @@ def contents_at(
     """What stood in the tables as of an epoch: today's rows, and of those changed since, what the first change found.
 
     Raises:
-        NotFoundError: there was no such epoch.
+        NotFoundError: there was no such epoch, or the history reaches no longer back to it.
     """
-    if session.scalar(select(EpochRow.number).where(EpochRow.number == epoch)) is None:
-        raise NotFoundError(f"the history knows no epoch {epoch}", param="epoch")
+    check_kept(session, epoch)
     contents = {kind: live(session, kind) for kind in kinds}
     first_since = (
         select(HistoryRow.kind, HistoryRow.name, HistoryRow.before)

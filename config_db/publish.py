@@ -2,7 +2,7 @@
 
 ``publish`` is the only writer of the tables that readers fetch. It locks the epoch row first, so writers queue there
 and each sees what the one before has committed; the caller's commit makes all of it true at once, or none. What stood
-there before, and the way back to it, is for ``past``.
+there before, and the way back to it, is for ``past``; how long that is kept, for ``retention``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,14 +10,15 @@ from typing import Any, Final
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import delete, func, insert, select, text, update
+from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from common.errors import ConfigError, EpochConflictError
 from config_db.diff import is_same
 from config_db.epochs import lock_epoch, raise_epoch
-from config_db.schema import ROWS, TOMBSTONE_KEPT, HistoryRow, Kind, ModelRow, Origin
+from config_db.retention import purge_some
+from config_db.schema import ROWS, HistoryRow, Kind, ModelRow, Origin
 
 CHANNEL: Final = "farmhand_epoch"
 """NOTIFY channel on which each new epoch's number is told when its transaction commits."""
@@ -94,9 +95,7 @@ def publish(
             for change in changes
         ],
     )
-    for kind in {change.kind for change in changes}:
-        rows = ROWS[kind]
-        session.execute(delete(rows).where(rows.deleted_at < func.now() - TOMBSTONE_KEPT))
+    purge_some(session, current)
     session.execute(text("select pg_notify(:channel, :epoch)"), {"channel": CHANNEL, "epoch": str(epoch)})
     return Published(epoch, current.id, tuple(changes))
 

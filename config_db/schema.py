@@ -36,7 +36,7 @@ class Table(DeclarativeBase):
 
 
 class FarmEpoch(Table):
-    """The one row that every writer locks: the present epoch."""
+    """The one row that every writer locks: the present epoch, and the first that the history still knows in full."""
 
     __tablename__ = "farm_epoch"
     __table_args__ = (CheckConstraint("only_one = 1", name="one_row"),)
@@ -44,6 +44,7 @@ class FarmEpoch(Table):
     only_one: Mapped[int] = mapped_column(primary_key=True, default=1, autoincrement=False)
     number: Mapped[int] = mapped_column(BigInteger)
     id: Mapped[UUID]
+    history_from: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
 class EpochRow(Table):

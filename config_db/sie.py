@@ -210,8 +210,6 @@ def _variant(profile: _Profile, said: dict[str, Any], at: str, warnings: list[st
     """A profile of ours, which says nothing of what only a whole model has."""
     if profile.max_batch_tokens is not None:
         warnings.append(_ignored(f"{at}.max_batch_tokens", "limits are the model's"))
-    if said.pop("trust", None) is not None:
-        warnings.append(_ignored(f"{at}.adapter_options.loadtime.trust_remote_code", "trust is the model's"))
     if profile.extends is None:
         warnings.append(f"{at}: what it leaves open is as the model has it")
         return said
@@ -242,7 +240,9 @@ def _read_options(profile: _Profile, at: str, warnings: list[str]) -> dict[str, 
     given = profile.adapter_options or _Options()
     for kind, options in (("loadtime", given.loadtime or {}), ("runtime", given.runtime or {})):
         for name, value in options.items():
-            if not _read_option(fields, name, value):
+            if name == "trust_remote_code" and value:
+                warnings.append(_ignored(f"{at}.adapter_options.{kind}.{name}", "no code of a repository is run"))
+            elif not _read_option(fields, name, value):
                 warnings.append(_ignored(f"{at}.adapter_options.{kind}.{name}", "it has no counterpart"))
     return fields
 
@@ -257,8 +257,6 @@ def _read_option(fields: dict[str, Any], name: str, value: Any) -> bool:
         fields.setdefault("templates", {})["query" if name == "query_template" else "document"] = value
     elif name == "output_types":
         fields["outputs"] = value
-    elif name == "trust_remote_code":
-        fields["trust"] = {"remote_code": value}
     elif name in _OPTIONS:
         fields.setdefault("options", {})[_OPTIONS[name]] = value
     else:

@@ -101,8 +101,9 @@ class Placement(_Part, frozen=True, kw_only=True):
     """Where a model may run, and how close its weights are kept.
 
     ``tier`` is the furthest place its weights fall back to when the device needs room. ``pinned``: never evicted once
-    loaded. ``preload``: loaded before anyone asks. ``sharing``: may share a device with other models.
-    ``tenants`` reserve it to the pools of these; no ``machine_profiles``: any.
+    loaded. ``preload``: loaded before anyone asks. ``sharing`` is refused where it says no
+    (``config_db.documents``): models share devices. ``tenants`` reserve it to these and their pools; no
+    ``machine_profiles``: any. ``latency_class``: the lane of requests that name none.
     """
 
     tier: Tier = "disk"
@@ -122,7 +123,7 @@ class Access(_Part, frozen=True, kw_only=True):
 
 
 class Trust(_Part, frozen=True, kw_only=True):
-    """What may come with the weights: code of the repository, and file formats that can run code."""
+    """What may come with the weights: file formats that can run code. ``remote_code`` is refused: none is run."""
 
     remote_code: bool = False
     formats: tuple[WeightsFormat, ...] = ("safetensors",)

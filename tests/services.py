@@ -28,7 +28,7 @@ DYING_WITH_US = (
 """Becomes the command given after it, and leaves no server behind when the tests are killed."""
 
 
-def wait_until(predicate: Callable[[], object], timeout_s: float = 10, what: str = "the condition") -> None:
+def wait_until(predicate: Callable[[], object], timeout_s: float = 30, what: str = "the condition") -> None:
     """Look every 10 ms until the predicate is true; AssertionError names what was waited for."""
     deadline = monotonic() + timeout_s
     pause = threading.Event()

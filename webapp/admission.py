@@ -69,8 +69,8 @@ def choose_profile(spec: ModelSpec, options: Mapping[str, Any] | None, *, param:
 
 
 def may_use(spec: ModelSpec, tenant: str) -> bool:
-    """Whether a model is there for a tenant."""
-    return not spec.access.tenants or tenant in spec.access.tenants
+    """Whether a model is there for a tenant: it is open to it, and may run in pools of it."""
+    return all(not named or tenant in named for named in (spec.access.tenants, spec.placement.tenants))
 
 
 def check_access(spec: ModelSpec, tenant: str) -> None:

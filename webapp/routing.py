@@ -1,15 +1,18 @@
 """Which queue a request goes to, its deadline, and whether its caller waits: from headers, model and settings."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from math import isfinite
 from typing import Final
 
 from flask import request
 
 from common.errors import ForbiddenError, NotFoundError, RequestError
+from config_db.access import LATENCY_CLASSES
 from config_db.spec import ModelSpec
 from tasks.names import LANES, Lane, queue_name
-from webapp.auth.principals import principal
+from webapp.auth.principals import Principal, principal
 from webapp.farm import Farm
 
 POOL_HEADER: Final = "X-SIE-Pool"
@@ -47,7 +50,8 @@ def choose(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Route:
     """Pool and machine profile as asked for, else the model's, else this farm's own.
 
     Raises:
-        NotFoundError: no live worker serves the pool or machine profile that was asked for.
+        NotFoundError: no live worker serves the pool or machine profile that was asked for, or that the model needs.
+        ForbiddenError: the caller may not use this lane.
     """
     environ, settings = request.environ, farm.settings
     asked_pool = environ.get("HTTP_X_SIE_POOL", "").strip().lower()
@@ -56,9 +60,10 @@ def choose(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Route:
     allowed = spec.placement.machine_profiles
     if allowed and own_profile not in allowed:
         own_profile = allowed[0]
-    route = Route(asked_pool or settings.pool, asked_profile or own_profile, _lane(asynchronous=asynchronous))
-    if (asked_pool and asked_pool != settings.pool) or (asked_profile and asked_profile != own_profile):
-        _check_served(farm, route, is_pool_asked=bool(asked_pool))
+    pool = _reserved_pool(farm, spec, asked_pool) if spec.placement.tenants else asked_pool or settings.pool
+    route = Route(pool, asked_profile or own_profile, _lane(farm, spec, asynchronous=asynchronous))
+    if pool != settings.pool or (asked_profile and asked_profile != own_profile):
+        _check_served(farm, route, is_pool_asked=pool != settings.pool)
     return route
 
 
@@ -77,18 +82,51 @@ def timeout_s(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> float:
     return seconds
 
 
-def _lane(*, asynchronous: bool) -> Lane:
-    """The lane asked for, which a key cannot raise above its own class; else that of the kind of request."""
-    own = Lane(principal().latency_class)
+def _reserved_pool(farm: Farm, spec: ModelSpec, asked: str) -> str:
+    """The caller's pool in which a model runs that is reserved to pools of tenants; of several, the one asked for.
+
+    Raises:
+        NotFoundError: the caller's tenant has no pool, or the pool asked for is not its own.
+    """
+    tenant, now = principal().tenant, datetime.now(UTC)
+    own = [name for name, pool in farm.served.pools.items() if pool.tenant == tenant and not pool.is_expired(now)]
+    if asked in own:
+        return asked
+    if asked or not own:
+        has = f"; it has {', '.join(sorted(own))}" if own else ", and it has none"
+        raise NotFoundError(f"model {spec.id!r} runs only in pools of the tenant {tenant!r}{has}", param=POOL_HEADER)
+    return min(own)
+
+
+def _lane(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Lane:
+    """The lane asked for, which a key cannot raise above its own class; else the model's, else that of the request.
+
+    Of a tenant that may not use the latter, the next lower one that it may.
+    """
+    caller = principal()
+    own, tenant = Lane(caller.latency_class), farm.served.tenants.get(caller.tenant)
+    may = LATENCY_CLASSES if tenant is None else tenant.latency_classes
     name = PRIORITY_HEADER if "HTTP_X_PRIORITY" in request.environ else LANE_HEADER
     asked = request.headers.get(name)
     if asked is None:
-        return max(own, Lane.STANDARD if asynchronous else Lane.INTERACTIVE, key=LANES.index)
+        usual = spec.placement.latency_class or (Lane.STANDARD if asynchronous else Lane.INTERACTIVE)
+        first = max(LANES.index(own), LANES.index(Lane(usual)))
+        lane = next((lane for lane in LANES[first:] if lane in may), None)
+        if lane is None:
+            raise _forbidden_lane(caller, LANES[first], may)
+        return lane
     if asked not in LANES:
         raise RequestError(f"{name} is one of {', '.join(LANES)}", param=name)
     if LANES.index(Lane(asked)) < LANES.index(own):
         raise ForbiddenError(f"the key is of the class {own}, which cannot be raised to {asked}", param=name)
+    if asked not in may:
+        raise _forbidden_lane(caller, asked, may)
     return Lane(asked)
+
+
+def _forbidden_lane(caller: Principal, lane: str, may: Collection[str]) -> ForbiddenError:
+    message = f"the tenant {caller.tenant!r} may not use the class {lane}; it may use {', '.join(may)}"
+    return ForbiddenError(message, param=LANE_HEADER)
 
 
 def _check_served(farm: Farm, route: Route, *, is_pool_asked: bool) -> None:

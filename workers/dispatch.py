@@ -141,6 +141,7 @@ class Dispatcher:
         """Use this hub from now on."""
         self._hub = hub
         self._kick_due = False
+        self._weigh_tenants()
         self._kick_soon()
 
     @property
@@ -175,14 +176,18 @@ class Dispatcher:
         ]
 
     def on_epoch(self) -> None:
-        """Follow a new epoch: changed placements, models to preload, new specs of models that serve."""
+        """Follow a new epoch: changed placements and weights, models to preload, new specs of models that serve."""
         snapshot = self._specs.current
+        self._weigh_tenants()
         self._revisions.read(snapshot)
         self.hosts.place(spec for model in snapshot.models.values() for spec in (model, *model.profile_specs))
         for view in self.hosts.hosts():
             for spec in self.preloads():
                 self.hosts.load(view.id, spec, warm_up=True)
         self._change_revisions(monotonic())
+
+    def _weigh_tenants(self) -> None:
+        self._scheduler.weigh_tenants({name: one.weight for name, one in self._specs.current.tenants.items()})
 
     def tick(self) -> None:
         """What is due by time: expiry, hints to the hosts."""

@@ -98,7 +98,7 @@ class Farm:
             settler=self.settler,
             incarnation=lambda: self.heartbeat.incarnation,
             on_residency=self.heartbeat.tell,
-            runs_here=lambda spec: _may_run_on(settings.machine_profile, spec),
+            runs_here=self._may_run,
         )
         self.hosts = self.dispatcher.hosts = HostPool(hosts, self.dispatcher, self.dispatcher.preloads)
         self.arrivals = Arrivals(
@@ -251,6 +251,13 @@ class Farm:
             hub.call_soon(self.heartbeat.tell)
             hub.call_soon(self.dispatcher.on_epoch)
 
+    def _may_run(self, spec: ModelSpec) -> bool:
+        """Whether a model's placement lets it run on this worker."""
+        placement, pool = spec.placement, self.reader.current.pools.get(self.settings.pool)
+        if placement.machine_profiles and self.settings.machine_profile not in placement.machine_profiles:
+            return False
+        return not placement.tenants or (pool is not None and pool.tenant in placement.tenants)
+
     def _on_reborn(self, former: str) -> None:
         """The former incarnation is judged dead: what it held goes back, and pops go under the new name.
 
@@ -297,10 +304,6 @@ class Farm:
         elif self.is_batch_popping and tags:
             log.info("held_returned", messages=len(tags))
             give_back(self.link, self.heartbeat.incarnation, [tag for tag in tags if isinstance(tag, int)])
-
-
-def _may_run_on(machine_profile: str, spec: ModelSpec) -> bool:
-    return not spec.placement.machine_profiles or machine_profile in spec.placement.machine_profiles
 
 
 class _Sink:

@@ -121,7 +121,7 @@ class _Tenants:
     """Who has been served how much, in tokens over weight. Who was away has saved up nothing."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        self._weights = weights
+        self.weights = weights
         self._served: dict[str, float] = {}
         self._waiting: dict[str, int] = {}
         self._present = 0.0
@@ -147,7 +147,7 @@ class _Tenants:
 
     def charge(self, tenant: str, tokens: int) -> None:
         """A work of this tenant, which still counts as waiting, is served."""
-        self._served[tenant] += tokens / self._weights.get(tenant, 1.0)
+        self._served[tenant] += tokens / self.weights.get(tenant, 1.0)
 
     def served(self, tenant: str) -> float:
         """What a waiting tenant has had."""
@@ -307,6 +307,10 @@ class Scheduler:
     def set_concurrency(self, spec: str, limit: int | None) -> None:
         """How many micro-batches of a model may run at once; None: any number."""
         self._model(spec).limit = limit
+
+    def weigh_tenants(self, weights: Mapping[str, float]) -> None:
+        """The shares of tenants from now on; 1 unless named. What each has been served stays counted as it was."""
+        self._tenants.weights = weights
 
     def finished(self, pick: Pick) -> None:
         """A picked batch runs no more. To be called once for every pick."""

@@ -136,7 +136,7 @@ def test_a_pop_whose_reply_is_lost_is_returned(live: LiveFarm) -> None:
     """The test pops in the worker's name and never tells it."""
     worker = live.start_worker()
     incarnation = worker.incarnation
-    wait_until(lambda: worker.held() == 0, 5, "an idle worker")
+    wait_until(lambda: worker.held() == 0, 20, "an idle worker")
     task, _, raw = live.message(["lost"])
     live.redis.zadd(names.OPEN, {task: live.clock.now() + 60})
     elsewhere = queue_name(POOL, "elsewhere", Lane.INTERACTIVE)

@@ -136,6 +136,7 @@ def test_apply_refuses_another_epoch_than_the_expected_one(config: Config, catal
     epoch, _, actor, reason, rows = config.says("history")[0].split("\t")
     assert (epoch, actor, reason, rows) == ("2", "ann", "a good one", "+2 ~0 -0")
     assert config.says("history")[1].endswith("\t+0 ~0 -0")
+    assert config.says("history", "--prune", "--limit", "1")[0] == "the history begins with epoch 1"
 
 
 def test_an_empty_directory_is_no_config(config: Config, tmp_path: Path) -> None:

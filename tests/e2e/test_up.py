@@ -124,7 +124,7 @@ def test_a_taken_port_is_refused_in_one_line(farm: UpFarm, tmp_path: Path) -> No
 def test_a_child_that_is_killed_comes_back_and_the_farm_serves(farm: UpFarm, victim: str) -> None:
     child = _child(farm, victim)
     child.kill()
-    wait_until(lambda: f"(pid {child.pid}) was ended by SIGKILL" in farm.said(), 5, "the line that says so")
+    wait_until(lambda: f"(pid {child.pid}) was ended by SIGKILL" in farm.said(), 20, "the line that says so")
     wait_until(lambda: _child_or_none(farm, victim) is not None, 10, f"another {victim}")
     assert _child(farm, victim).pid != child.pid
     wait_until(lambda: _answers(farm), 20, "an answer again")

@@ -6,12 +6,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
+from config_db.engine import open_engine
+from config_db.reader import SnapshotReader
+from tests.config_writes import RARELY_S
 from tests.hosts import LivePool, starting_pools
 from tests.lora import make_adapted
 from tests.rerankers import make_causal_rerankers, make_cross_encoders
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """Connections to the test's own config DB."""
+    made = open_engine(database_url)
+    yield made
+    made.dispose()
+
+
+@pytest.fixture
+def session(engine: Engine) -> Iterator[Session]:
+    """One transaction for the whole test."""
+    with Session(engine) as opened:
+        yield opened
+
+
+@pytest.fixture
+def reader(database_url: str) -> Iterator[SnapshotReader]:
+    """Not started; looks only when told to."""
+    made = SnapshotReader(database_url, poll_s=RARELY_S, copy_path=None)
+    yield made
+    made.stop()
 
 
 @pytest.fixture

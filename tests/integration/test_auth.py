@@ -14,14 +14,16 @@ from typing import Any
 import httpx
 import jwt
 import pytest
+import redis
 from cryptography.hazmat.primitives.asymmetric import rsa
 from sqlalchemy.orm import Session
 
-from config_db import keys, tenants
-from config_db.access import TenantSpec
+from config_db import keys, pools, tenants
+from config_db.access import PoolSpec, TenantSpec
 from config_db.catalog import apply_models
 from config_db.engine import open_engine
-from config_db.spec import Access, ModelSpec, Source
+from config_db.spec import Access, ModelSpec, Placement, Source
+from tasks.names import LANES, Lane, queue_name
 from tests.services import free_port, wait_until
 from tests.standin import StandIn
 from tests.web import Web, gunicorn, start_web, stop_web
@@ -29,6 +31,8 @@ from tests.web import Web, gunicorn, start_web, stop_web
 TOKEN, ADMIN = "a-token-that-is-long", "an-admin-token-that-is-long"
 BODY = {"items": [{"text": "x"}]}
 AUDIENCE = "farmhand"
+NOT_SERVED = (Lane.BATCH, Lane.EXPERIMENT)
+RESERVED = Placement(tenants=("acme", "poor"))
 WHO: Any = {"actor": "test", "reason": "test"}
 
 
@@ -131,10 +135,14 @@ class KeyRing:
         with Session(self.engine) as session, session.begin():
             for tenant in ("acme", "other"):
                 tenants.put(session, tenant, TenantSpec(), **WHO)
+            tenants.put(session, "slow", TenantSpec(latency_classes=("batch", "experiment")), **WHO)
+            pools.create(session, "acmes-own", PoolSpec(machine_profiles={"cpu": 1}, tenant="acme"), **WHO)
             source = Source(path="/models")
             models = [
                 ModelSpec(id="org/m", family="dense", source=source),
                 ModelSpec(id="org/acmes", family="dense", source=source, access=Access(tenants=("acme",))),
+                ModelSpec(id="org/reserved", family="dense", source=source, placement=RESERVED),
+                ModelSpec(id="org/patient", family="dense", source=source, placement=Placement(latency_class="batch")),
             ]
             apply_models(session, models, **WHO)
 
@@ -199,9 +207,9 @@ def test_a_tenant_sees_its_own_models_and_tasks_only(web: Web, ring: KeyRing) ->
     acme, other = ring.create("acme"), ring.create("other")
     opens(web, other)
     names = {one["name"] for one in web.http.get("/v1/models", headers=bearer(acme)).json()["models"]}
-    assert names == {"org/m", "org/acmes"}
+    assert names == {"org/m", "org/patient", "org/acmes", "org/reserved"}
     names = {one["name"] for one in web.http.get("/v1/models", headers=bearer(other)).json()["models"]}
-    assert names == {"org/m"}
+    assert names == {"org/m", "org/patient"}
     assert code(ask(web, other.key, model="org/acmes")) == (404, "MODEL_NOT_FOUND")
     assert code(web.http.get("/v1/models/org/acmes", headers=bearer(other))) == (404, "MODEL_NOT_FOUND")
     task = ask(web, acme.key, Prefer="respond-async").json()["task_id"]
@@ -211,6 +219,52 @@ def test_a_tenant_sees_its_own_models_and_tasks_only(web: Web, ring: KeyRing) ->
         theirs = web.http.request(method, f"/v1/tasks/{task}", headers=bearer(other))
         assert code(theirs) == (404, "TASK_NOT_FOUND")
         assert theirs.json()["error"]["message"].replace(task, "none") == unknown["message"]
+
+
+def test_a_reserved_model_runs_in_pools_of_its_tenants_only(web: Web, ring: KeyRing, redis_url: str) -> None:
+    with Session(ring.engine) as session, session.begin():
+        tenants.put(session, "poor", TenantSpec(), **WHO)
+    acme, other, poor = ring.create("acme"), ring.create("other"), ring.create("poor")
+    opens(web, poor)
+    assert code(ask(web, other.key, model="org/reserved")) == (404, "MODEL_NOT_FOUND")
+    assert code(web.http.get("/v1/models/org/reserved", headers=bearer(other))) == (404, "MODEL_NOT_FOUND")
+    no_pool = ask(web, poor.key, model="org/reserved")
+    assert code(no_pool) == (404, "NOT_FOUND")
+    assert "it has none" in no_pool.json()["error"]["message"]
+    for pool in ("default", "nobodys"):
+        elsewhere = ask(web, acme.key, model="org/reserved", **{"X-SIE-Pool": pool})
+        assert (code(elsewhere), elsewhere.json()["error"]["param"]) == ((404, "NOT_FOUND"), "X-SIE-Pool")
+    worker = StandIn(redis_url)
+    lanes = [queue_name("acmes-own", "cpu", lane) for lane in LANES]
+    worker.tell(queues=lanes)
+    below = {"Prefer": "respond-async", "X-Priority": "batch"}
+    wait_until(lambda: ask(web, acme.key, model="org/reserved", **below).status_code == 202, 10, "the pool to be seen")
+    for headers in (below, {**below, "X-SIE-Pool": "acmes-own"}):
+        assert ask(web, acme.key, model="org/reserved", **headers).status_code == 202
+    assert worker.redis.llen(queue_name("acmes-own", "cpu", Lane.BATCH)) == 3
+    worker.redis.close()
+
+
+def test_a_request_that_names_no_class_gets_its_models_or_one_its_tenant_may_use(
+    web: Web, ring: KeyRing, redis_url: str
+) -> None:
+    key, slow = ring.create("acme"), ring.create("slow")
+    opens(web, slow)
+    with redis.Redis.from_url(redis_url) as waiting:
+
+        def lane_of(key: keys.NewKey, model: str = "org/m", **headers: str) -> str:
+            before = {lane: waiting.llen(queue_name("default", "cpu", lane)) for lane in NOT_SERVED}
+            assert ask(web, key.key, model=model, Prefer="respond-async", **headers).status_code == 202
+            grown = [lane for lane, was in before.items() if waiting.llen(queue_name("default", "cpu", lane)) > was]
+            return "".join(grown)
+
+        assert lane_of(key, "org/patient") == "batch"
+        assert lane_of(key, "org/patient", **{"X-Priority": "experiment"}) == "experiment"
+        assert lane_of(slow) == "batch"
+        assert lane_of(slow, **{"X-Farmhand-Lane": "experiment"}) == "experiment"
+    refused = ask(web, slow.key, **{"X-Farmhand-Lane": "standard"})
+    assert code(refused) == (403, "FORBIDDEN")
+    assert "batch, experiment" in refused.json()["error"]["message"]
 
 
 # -- an issuer of tokens -------------------------------------------------------------------------------------------

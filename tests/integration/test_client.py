@@ -141,7 +141,7 @@ def test_a_full_queue_refuses_before_anything_is_published(redis_url: str, stand
     with pytest.raises(QueueFullError):
         FarmClient(redis_url, queue_limit=0, result_ttl_s=600).run(call_for("nothing fits"))
     standin.start()
-    wait_until(lambda: standin.redis.llen(ASYNC_QUEUE) == 0, 5, "the queue to drain")
+    wait_until(lambda: standin.redis.llen(ASYNC_QUEUE) == 0, 20, "the queue to drain")
     client.submit(call_for("now it fits", lane=Lane.STANDARD))
     client.close()
 
@@ -184,7 +184,7 @@ def test_a_reply_nobody_waits_for_is_dropped_and_counted(client: FarmClient, sta
     standin.hold(taken)
     standin.redis.zadd(names.OPEN, {taken.task_id: 1})  # as if its admission had been lost: it is answered again
     assert standin.answer(taken) == [1]
-    wait_until(lambda: client.dropped == 1, 5, "the late reply to be dropped")
+    wait_until(lambda: client.dropped == 1, 20, "the late reply to be dropped")
     standin.start()
     assert client.run(call_for("b")).state == "succeeded"
 
@@ -344,12 +344,12 @@ def test_waiting_for_a_task_ends_when_it_does(client: FarmClient, standin: Stand
     taken = standin.take()
     waits = [in_thread(lambda: client.task(task_id, wait_s=20)) for _ in range(8)]
     subscribers = lambda: dict(standin.redis.pubsub_numsub(names.celery_meta(task_id)))  # noqa: E731
-    wait_until(lambda: set(subscribers().values()) == {1}, 5, "one subscription for all")
+    wait_until(lambda: set(subscribers().values()) == {1}, 20, "one subscription for all")
     answered_at = time.monotonic()
     standin.answer(taken)
     assert [finish(*wait).state for wait in waits] == ["succeeded"] * 8
     assert time.monotonic() - answered_at < 2
-    wait_until(lambda: set(subscribers().values()) == {0}, 5, "the subscription to end")
+    wait_until(lambda: set(subscribers().values()) == {0}, 20, "the subscription to end")
 
 
 def test_waiting_for_a_task_is_bounded(client: FarmClient) -> None:

@@ -1,6 +1,7 @@
 """A change reaches every process, each tells which epoch it serves, and what was admitted before finishes as it was."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from redis import Redis
 from sqlalchemy.orm import Session
 
 from common.errors import QueueUnavailableError
+from config_db import tenants
+from config_db.access import TenantSpec
 from config_db.convergence import Epoch
 from config_db.engine import open_engine, transaction
 from config_db.epochs import epoch_now, lock_epoch, raise_epoch
@@ -21,15 +24,13 @@ from tasks import codec, names
 from tasks.client import FarmClient
 from tasks.messages import Outcome
 from tasks.names import Lane, queue_name
+from tests.config_writes import RARELY_S
 from tests.live import FAKE, POOL, PROFILE, LiveFarm, LiveWorker, fake_spec
 from tests.services import PostgresServer, RedisServer, wait_until
 from tests.standin import StandIn
 from tests.web import start_web, stop_web
 from webapp.bundles import bundle_status
 from webapp.fleet import Fleet, ProcessEpoch, has_converged
-
-RARELY_S = 600.0
-"""A worker that polls so rarely looks only when told to."""
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_everybody_tells_when_a_change_has_reached_them(
     wait_until(lambda: [one.kind for one in fleet.epochs()] == ["web", "web", "worker"], 10, "three processes")
     for number in range(3):
         live.add_models(fake_spec(f"fake/{number}"))
-        wait_until(lambda: all(one.epoch == live.epoch for one in fleet.epochs()), 5, "all to have the change")
+        wait_until(lambda: all(one.epoch == live.epoch for one in fleet.epochs()), 20, "all to have the change")
         with Session(engine) as session:
             epoch, epoch_id = epoch_now(session)
         processes = fleet.epochs()
@@ -169,7 +170,7 @@ def test_a_worker_that_meets_a_newer_epoch_looks_at_once(live: LiveFarm) -> None
     first.raise_error()
     (outcome,) = live.wait_outcomes([live.send("x", model="fake/late")], timeout_s=10)
     assert width(outcome) == 6
-    wait_until(lambda: epoch_of(worker) == live.epoch, 5, "the worker to tell")
+    wait_until(lambda: epoch_of(worker) == live.epoch, 20, "the worker to tell")
 
 
 def test_what_was_admitted_before_a_change_is_served_as_it_was(live: LiveFarm) -> None:
@@ -179,7 +180,7 @@ def test_what_was_admitted_before_a_change_is_served_as_it_was(live: LiveFarm) -
     admitted = [live.message(["x"], model=model) for model in (FAKE, "fake/gone")]
     live.add_models(fake_spec(dim=8))
     delete(live, "fake/gone")
-    wait_until(lambda: epoch_of(worker) == live.epoch, 5, "the worker to have the change")
+    wait_until(lambda: epoch_of(worker) == live.epoch, 20, "the worker to have the change")
     queue = queue_name(POOL, PROFILE, Lane.INTERACTIVE)
     live._publish([(*one, queue) for one in admitted])
     outcomes = live.wait_outcomes([task_id for task_id, *_ in admitted])
@@ -187,6 +188,22 @@ def test_what_was_admitted_before_a_change_is_served_as_it_was(live: LiveFarm) -
     assert [outcome.spec for outcome in outcomes] == [ticket.spec for _, ticket, _ in admitted]
     (after,) = live.wait_outcomes([live.send("x")])
     assert width(after) == 8
+
+
+def test_tenants_share_a_worker_by_the_weights_of_the_config(live: LiveFarm) -> None:
+    live.add_models(fake_spec(batch_ms=10))
+    worker = live.start_worker(batch_max_items=1)
+    live.wait_outcomes([live.send("the model is loaded now")])
+    engine = open_engine(live.database_url)
+    with transaction(engine) as session:
+        tenants.put(session, "big", TenantSpec(weight=3), actor="test", reason="test")
+        live.epoch, _ = epoch_now(session)
+    engine.dispose()
+    wait_until(lambda: epoch_of(worker) == live.epoch, 20, "the worker to have the change")
+    who = {task: tenant for tenant in ("small", "big") for task in live.send_many(["x"] * 80, tenant=tenant)}
+    live.wait_outcomes(list(who))
+    order = [who[task] for task in live.outcomes() if task in who]
+    assert Counter(order[20:80])["big"] >= 40, order
 
 
 def test_a_worker_serves_the_profiles_of_a_model(live: LiveFarm) -> None:

@@ -1,7 +1,6 @@
 """Readers hold every kind of row: what changed, what is gone, a restored backup, the copy on disk."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -14,13 +13,13 @@ from common.errors import SetupError
 from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
 from config_db.newer_rows import FIELDS, NEWER, PRESENT
-from config_db.publish import Delete, Put, publish
+from config_db.publish import Delete, Put
 from config_db.reader import SnapshotReader
-from config_db.schema import KeyRow, Kind, Table
+from config_db.schema import KeyRow, Kind
 from config_db.snapshot import Snapshot
+from tests.config_writes import KINDS, RARELY_S, Backup, write
 from tests.services import PostgresServer, wait_until
 
-RARELY_S = 600.0
 CONTENT: dict[Kind, dict[str, Any]] = {
     "model": {"id": "", "family": "fake", "source": {"path": "/"}},
     "pool": {"machine_profiles": {"l4": 2}},
@@ -41,17 +40,11 @@ OTHERWISE: dict[Kind, dict[str, Any]] = {
     "key": {"scopes": ["infer"]},
     "setting": {"value": []},
 }
-KINDS: tuple[Kind, ...] = tuple(CONTENT)
 
 
 def row(kind: Kind, name: str, **changed: Any) -> Put:
     content = {**CONTENT[kind], **changed}
     return Put(kind, name, {**content, "id": name} if kind == "model" else content)
-
-
-def write(engine: Engine, *writes: Put | Delete) -> int:
-    with transaction(engine) as session:
-        return publish(session, writes, actor="ann", reason="test").epoch
 
 
 def held(snapshot: Snapshot, kind: Kind) -> dict[str, Any]:
@@ -67,23 +60,8 @@ def present(engine: Engine) -> tuple[int, UUID]:
 def catch_up(reader: SnapshotReader, engine: Engine) -> Snapshot:
     now = present(engine)
     reader.poll_soon()
-    wait_until(lambda: (reader.current.epoch, reader.current.epoch_id) == now, 5, f"epoch {now}")
+    wait_until(lambda: (reader.current.epoch, reader.current.epoch_id) == now, 20, f"epoch {now}")
     return reader.current
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = open_engine(database_url)
-    yield made
-    made.dispose()
-
-
-@pytest.fixture
-def reader(database_url: str) -> Iterator[SnapshotReader]:
-    """Not started; looks only when told to."""
-    made = SnapshotReader(database_url, poll_s=RARELY_S, copy_path=None)
-    yield made
-    made.stop()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,25 +86,6 @@ def test_kinds_that_did_not_change_are_not_read_again(engine: Engine, reader: Sn
     write(engine, row("tenant", "b"))
     after = catch_up(reader, engine)
     assert [kind for kind in KINDS if getattr(after, FIELDS[kind]) is not getattr(before, FIELDS[kind])] == ["tenant"]
-
-
-class Backup:
-    """Every table as it stands now, to be put back later."""
-
-    tables = tuple(table.name for table in Table.metadata.sorted_tables)
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        with transaction(engine) as session:
-            session.execute(text("create schema backup"))
-            for name in self.tables:
-                session.execute(text(f"create table backup.{name} as table public.{name}"))
-
-    def restore(self) -> None:
-        with transaction(self.engine) as session:
-            session.execute(text(f"truncate {', '.join(self.tables)}"))
-            for name in self.tables:
-                session.execute(text(f"insert into {name} select * from backup.{name}"))  # noqa: S608 - our own names
 
 
 @pytest.mark.parametrize("further", [0, 1, 3], ids=["of a lower number", "of the same number", "written on past it"])
@@ -265,7 +224,7 @@ def test_a_poll_reads_one_row(engine: Engine, statistics: bool) -> None:
 
 
 def test_a_delta_looks_only_at_what_is_newer(engine: Engine) -> None:
-    epoch = write(engine, *(row("model", f"m{number}") for number in range(1000)))
+    epoch = write(engine, *(row("model", f"m{number}") for number in range(1000))).epoch
     write(engine, row("model", "m7", options={"changed": True}))
     analyze(engine)
     nodes = plan(engine, NEWER.params(epoch=epoch))

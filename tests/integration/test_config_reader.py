@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,11 +19,10 @@ from config_db.migrate import migrate
 from config_db.reader import KEPT_SPECS, SnapshotReader
 from config_db.schema import FarmEpoch, ModelRow
 from config_db.spec import ModelSpec, Placement, Profile, Source, plain
+from tests.config_writes import RARELY_S
 from tests.services import PostgresServer, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-RARELY_S = 600.0
-"""A reader that polls so rarely looks only when told to."""
 
 
 def spec(name: str, **options: object) -> ModelSpec:
@@ -53,30 +51,15 @@ def run_python(code: str, *arguments: str, cwd: Path) -> str:
     ]
 
 
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = open_engine(database_url)
-    yield made
-    made.dispose()
-
-
-@pytest.fixture
-def reader(database_url: str) -> Iterator[SnapshotReader]:
-    """Not started; looks only when told to."""
-    made = SnapshotReader(database_url, poll_s=RARELY_S, copy_path=None)
-    yield made
-    made.stop()
-
-
 def read(reader: SnapshotReader, epoch: int) -> None:
     reader.poll_soon()
-    wait_until(lambda: reader.current.epoch == epoch, 5, f"epoch {epoch}")
+    wait_until(lambda: reader.current.epoch == epoch, 20, f"epoch {epoch}")
 
 
 def test_who_meets_a_newer_epoch_makes_the_reader_look_at_once(engine: Engine, reader: SnapshotReader) -> None:
     """Nobody is told of this epoch."""
     reader.start()
-    wait_until(lambda: reader.is_listening, 5, "the reader to listen: it looks then, too")
+    wait_until(lambda: reader.is_listening, 20, "the reader to listen: it looks then, too")
     read(reader, publish(engine, spec("before")))
     read(reader, publish_unheard(engine, spec("a")))
     assert reader.current.model("a") == spec("a")
@@ -130,7 +113,7 @@ def test_a_listener_that_fails_keeps_nothing_from_the_others(engine: Engine, rea
     first = reader.current.epoch
     second = publish(engine, spec("a"))
     read(reader, second)
-    wait_until(lambda: seen == [first, second], 5, "the second listener")
+    wait_until(lambda: seen == [first, second], 20, "the second listener")
     assert reader.is_connected
 
 

@@ -100,7 +100,7 @@ def test_postgres_is_down_and_comes_back(web: Web, own_postgres: PostgresServer)
     check_refused(refusals)
     check_tells_no_secret(refusals, own_postgres)
     check_reads(web)
-    wait_until(lambda: web.http.get("/v1/configs/status").json()["config_db"] == "away", 5, "the loss to be noticed")
+    wait_until(lambda: web.http.get("/v1/configs/status").json()["config_db"] == "away", 20, "the loss to be noticed")
     refused = web.http.post(MODELS, json={"id": "bad id"})
     assert refused.status_code == 400  # a bad document is told as such
     own_postgres.start()

@@ -29,7 +29,7 @@ profiles:
     compute_precision: bfloat16
     adapter_path: sie_server.adapters.qwen2_flash:Qwen2FlashAdapter
     adapter_options:
-      loadtime: {{causal: true}}
+      loadtime: {{causal: true, trust_remote_code: true}}
       runtime:
         pooling: last
         normalize: true
@@ -86,6 +86,7 @@ def test_an_embedder_of_the_public_form_becomes_ours(web: Web) -> None:
     warnings = "\n".join(made.json()["warnings"])
     for ignored in (
         "loadtime.causal",
+        "loadtime.trust_remote_code is ignored: no code of a repository is run",
         "profiles.banking is kept as the adapter",
         "banking.adapter_options.runtime.instr",
     ):

@@ -87,7 +87,7 @@ def test_however_many_wait_redis_is_asked_once_a_second(redis_url: str, worker: 
         assert [one.name for one in asked[0]] == ["stand-in"]
         assert all(one is asked[0] for one in asked), "one look, shared"
         worker.tell(epoch=2, machine_profile="cpu")
-        wait_until(lambda: fleet.epochs_lately()[0].epoch == 2, 5, "the next look")
+        wait_until(lambda: fleet.epochs_lately()[0].epoch == 2, 20, "the next look")
     finally:
         client.close()
 

@@ -237,15 +237,12 @@ def test_what_a_newer_release_wrote_is_not_taken_away(writes: Written, method: s
 
 
 def test_what_nothing_heeds_yet_is_told(writes: Written) -> None:
-    fields = {"placement": {"tenants": ["a"]}, "limits": {"queue_limit": 3}}
+    fields = {"limits": {"queue_limit": 3}}
     added = writes.web.http.post(MODELS, json=document("unheeded/m", **fields))
     put = writes.web.http.put(f"{MODELS}/unheeded/m", json=document("unheeded/m", **fields))
     patched = writes.web.http.patch(f"{MODELS}/unheeded/m", json={"max_length": 5})
     for answer in (added, put, patched):
-        assert [warning.split()[0] for warning in answer.json()["warnings"]] == [
-            "placement.tenants",
-            "limits.queue_limit",
-        ]
+        assert [warning.split()[0] for warning in answer.json()["warnings"]] == ["limits.queue_limit"]
     assert writes.post("heeded/m").json()["warnings"] == []
 
 

@@ -1,6 +1,5 @@
 """What files say and what the config DB then says, on a real PostgreSQL."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,6 @@ from tests.specs import catalogues
 
 MODEL = "family: dense\nsource: {hub: a/b}\n"
 WHO: dict[str, Any] = {"actor": "ann", "reason": "test"}
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = open_engine(database_url)
-    yield made
-    made.dispose()
 
 
 def files(directory: Path, **contents: str) -> ConfigFiles:

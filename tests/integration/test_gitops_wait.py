@@ -6,9 +6,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
+from config_db.epochs import epoch_now
+from config_db.publish import Put
 from tasks.client import FarmClient
+from tests.config_writes import Backup, write
 from tests.e2e.farms import farmhand
+from tests.live import LiveFarm, fake_spec
 from tests.services import wait_until
 from tests.web import Web, start_web, stop_web
 
@@ -61,6 +67,39 @@ def test_it_returns_when_the_last_process_serves_the_epoch(
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("epoch 2 is served by 1 live process\n")
     assert web.http.get("/v1/models/a/b").status_code == 200
+
+
+@pytest.mark.parametrize("further", [0, 3], ids=["of a lower number", "written on past the old one"])
+def test_after_a_restored_backup_all_read_it_whole_and_converge(
+    redis_url: str, engine: Engine, catalogue: str, servers: dict[str, str], tmp_path: Path, further: int
+) -> None:
+    """The processes have never seen what the backup brings back, and hold what it never had."""
+    live = LiveFarm(redis_url, servers["FARMHAND_DATABASE_URL"], tmp_path)
+    live.add_models(fake_spec("fake/kept", dim=4), fake_spec("fake/changed", dim=5))
+    then = dict(live.specs)
+    backup = Backup(engine)
+    live.replace_models(fake_spec("fake/changed", dim=9), fake_spec("fake/lost", dim=6))
+    live.add_models(fake_spec("fake/lost", dim=7))
+    live.start_worker()
+    web = start_web(redis_url, tmp_path, (), DATABASE_URL=live.database_url, CONFIG_POLL_S="0.2")
+    live.wait_outcomes([live.send("x", model=name) for name in ("fake/changed", "fake/lost")])
+    backup.restore()
+    for number in range(further):
+        write(engine, Put("setting", f"further-{number}", {}))
+    done = farmhand("config", "apply", catalogue, "--wait", **servers)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Session(engine) as session:
+        live.epoch, _ = epoch_now(session)
+    assert done.stdout.endswith(f"epoch {live.epoch} is served by 2 live processes\n")
+    status = web.http.get("/v1/configs/status").json()
+    assert (status["converged"], {one["epoch"] for one in status["processes"]}) == (True, {live.epoch})
+    served = {one["name"] for one in web.http.get("/v1/models").json()["models"]}
+    assert served == {"fake/kept", "fake/changed", "a/b"}
+    live.specs = then
+    outcomes = live.wait_outcomes([live.send("x", model=name) for name in then])
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    live.close()
+    stop_web(web)
 
 
 def test_without_processes_there_is_nobody_to_wait_for(catalogue: str, servers: dict[str, str]) -> None:

@@ -53,7 +53,7 @@ def test_a_killed_zygote_takes_its_hosts_and_comes_back(start_pool: Callable[...
     assert next(loss for loss in live.events.lost if loss[0] == first.id)[1] == [running]
     fresh = live.ready(2)
     assert not {view.id for view in fresh} & {first.id, second.id}
-    wait_until(lambda: not any(map(is_running, hosts)), 5, "end of the hosts")
+    wait_until(lambda: not any(map(is_running, hosts)), 20, "end of the hosts")
     assert code(live.run(fresh[0].id, spec, "back")[0]) is None
 
 
@@ -87,4 +87,4 @@ def test_nothing_outlives_a_worker_that_dies(signum: signal.Signals) -> None:
         assert len(children) == 3
         worker.send_signal(signum)
         worker.wait(5)
-        wait_until(lambda: not any(map(is_running, children)), 5, "end of zygote and hosts")
+        wait_until(lambda: not any(map(is_running, children)), 20, "end of zygote and hosts")

@@ -86,7 +86,7 @@ def test_a_cancelled_request_in_the_queue_is_dropped(live: LiveFarm) -> None:
     live.redis.zadd(names.CANCELLED, {tasks[0]: live.clock.now() + 60})
     live.start_worker()
     live.wait_outcomes(tasks[1:])
-    wait_until(lambda: live.waiting() == 0, 5, "the queue to drain")
+    wait_until(lambda: live.waiting() == 0, 20, "the queue to drain")
     live.assert_settled()
     assert tasks[0] not in live.outcomes()
 
@@ -216,10 +216,10 @@ def test_inspect_sees_the_worker_and_what_it_runs(live: LiveFarm, producer: Cele
     running = occupy(live, inspect)
     assert {one["id"] for one in inspect.active()[node]} == set(running)
     waiting = live.send("third")
-    wait_until(lambda: waiting in {one["id"] for one in inspect.reserved()[node]}, 5, "inspect to show one reserved")
+    wait_until(lambda: waiting in {one["id"] for one in inspect.reserved()[node]}, 20, "inspect to show one reserved")
     assert inspect.stats()[node]["farm"]["held"] == 3
     live.wait_outcomes([*running, waiting])
-    wait_until(lambda: not inspect.active()[node], 5, "nothing to be active any more")
+    wait_until(lambda: not inspect.active()[node], 20, "nothing to be active any more")
 
 
 def test_revoke_answers_a_waiting_request_as_cancelled(live: LiveFarm, producer: Celery) -> None:
@@ -227,7 +227,7 @@ def test_revoke_answers_a_waiting_request_as_cancelled(live: LiveFarm, producer:
     inspect = producer.control.inspect(timeout=5, limit=1)
     running = occupy(live, inspect)
     waiting = live.send("third")
-    wait_until(lambda: waiting in {r["id"] for rs in (inspect.reserved() or {}).values() for r in rs}, 5, "it is held")
+    wait_until(lambda: waiting in {r["id"] for rs in (inspect.reserved() or {}).values() for r in rs}, 20, "it is held")
     producer.control.revoke(waiting)
     outcomes = live.wait_outcomes([*running, waiting])
     assert [outcome.state for outcome in outcomes] == ["succeeded", "succeeded", "cancelled"]
@@ -308,7 +308,7 @@ def test_a_message_replayed_by_hand_is_answered_once(live: LiveFarm) -> None:
     queue = queue_name(POOL, PROFILE, Lane.INTERACTIVE)
     live.redis.lpush(queue, raw, raw, raw)
     live.wait_outcomes([task_id])
-    wait_until(lambda: live.waiting() == 0, 5, "the queue to drain")
+    wait_until(lambda: live.waiting() == 0, 20, "the queue to drain")
     live.assert_settled()
     live.wait_outcomes([task_id])
 

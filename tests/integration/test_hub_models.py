@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from common.errors import CapacityError, FarmError, ModelLoadError, ModelNotFoundError, ModelUnsupportedError
 from config_db.auto import SETTING, Allow, Registrar, read_allow
 from config_db.catalog import apply_models
-from config_db.engine import open_engine, transaction
+from config_db.engine import transaction
 from config_db.hub import MAX_FILE_BYTES, Hub
 from config_db.publish import Delete, Put, publish
 from config_db.schema import EpochRow, HistoryRow, ModelRow
@@ -37,13 +37,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         yield hub
     close_session()
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    engine = open_engine(database_url)
-    yield engine
-    engine.dispose()
 
 
 THEN = uuid4()

@@ -210,7 +210,7 @@ def test_the_release_before_works_on_after_the_migration(previous_url: str, prev
         previous.put(changed)
         epoch = previous.put(added)
         assert previous.read(epoch - 2) == (epoch, {"org/m": changed, "org/new": added})
-        wait_until(lambda: reader.current.epoch == epoch, 5, "what the release before has written")
+        wait_until(lambda: reader.current.epoch == epoch, 20, "what the release before has written")
         placed = {name: spec.placement.preload for name, spec in reader.current.models.items()}
         assert placed == {"org/m": False, "org/new": True}
     with Session(engine := open_engine(previous_url)) as session:

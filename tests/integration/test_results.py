@@ -40,12 +40,12 @@ def test_closing_a_client_ends_the_waits_for_its_tasks(redis_server: RedisServer
         wait.start()
     channel = names.celery_meta(task_id)
     with redis_server.client() as redis:
-        wait_until(lambda: redis.pubsub_numsub(channel) == [(channel.encode(), 1)], 5, "the subscription")
+        wait_until(lambda: redis.pubsub_numsub(channel) == [(channel.encode(), 1)], 20, "the subscription")
         client.close()
         for wait in waits:
             wait.join(3)
         assert [error.code for error in errors] == ["QUEUE_UNAVAILABLE"] * 4
         assert all(error.retry_after_s for error in errors)
-        wait_until(lambda: redis.pubsub_numsub(channel) == [(channel.encode(), 0)], 5, "the subscription to end")
+        wait_until(lambda: redis.pubsub_numsub(channel) == [(channel.encode(), 0)], 20, "the subscription to end")
     assert client.task(task_id).state == "queued", "the client connects anew"
     client.close()

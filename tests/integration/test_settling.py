@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from tasks.names import Lane
 from tasks.publisher import OPEN_GRACE_S
 from tasks.settling import CANCELLED_S, CLOSED_AT_ONCE, UNCLAIMED_S, close_overdue
 from tests.integration.test_client import call_for
+from tests.live import LiveFarm
 from tests.services import wait_until
 from tests.standin import ASYNC_QUEUE, StandIn
 
@@ -87,6 +89,20 @@ def test_a_task_whose_message_was_lost_ends_as_it_would_for_who_asks(client: Far
     assert not redis.exists(names.OPEN)
 
 
+def test_a_running_worker_closes_what_nobody_claims(
+    client: FarmClient, standin: StandIn, redis_url: str, database_url: str, tmp_path: Path
+) -> None:
+    redis = standin.redis
+    lost = submit(client)
+    redis.delete(ASYNC_QUEUE)
+    let_pass(redis, lost, deadline_s_ago=LONG_AGO_S)
+    live = LiveFarm(redis_url, database_url, tmp_path)
+    live.start_worker()
+    wait_until(lambda: redis.hget(names.task_record(lost), "state") == b"failed", 60, "the worker's janitor")
+    assert not redis.exists(names.OPEN)
+    live.close()
+
+
 def test_celery_reads_the_result_of_a_closed_task(client: FarmClient, standin: StandIn, redis_url: str) -> None:
     model = "organisation/" + "m" * 300
     task_id = client.submit(replace(call_for("a", lane=Lane.STANDARD), model=model))
@@ -108,10 +124,10 @@ def test_who_waits_for_a_task_learns_that_it_was_closed(client: FarmClient, stan
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.task, task_id, wait_s=60)
         channel = names.celery_meta(task_id)
-        wait_until(lambda: standin.redis.pubsub_numsub(channel) == [(channel.encode(), 1)], 5, "the subscription")
+        wait_until(lambda: standin.redis.pubsub_numsub(channel) == [(channel.encode(), 1)], 20, "the subscription")
         let_pass(standin.redis, task_id, deadline_s_ago=LONG_AGO_S)
         assert close(standin.redis) == 1
-        assert waiting.result(3).state == "failed"
+        assert waiting.result(4.5).state == "failed"
 
 
 def test_only_tasks_overdue_by_the_margin_are_closed(client: FarmClient, standin: StandIn) -> None:
@@ -130,7 +146,7 @@ def test_many_that_close_at_once_close_each_task_once(client: FarmClient, standi
     let_pass(redis, *task_ids, deadline_s_ago=LONG_AGO_S)
     with redis.pubsub(ignore_subscribe_messages=True) as pubsub, ThreadPoolExecutor(8) as pool:
         pubsub.psubscribe(names.celery_meta("*"))
-        wait_until(lambda: redis.pubsub_numpat() == 1, 5, "the subscription")
+        wait_until(lambda: redis.pubsub_numpat() == 1, 20, "the subscription")
         closed = list(pool.map(lambda _: close(redis), range(24)))
         assert max(closed) == CLOSED_AT_ONCE
         assert sum(closed) == len(task_ids)

@@ -238,7 +238,7 @@ def test_models_tell_whether_they_are_loaded(web: Web, standin: StandIn) -> None
     standin.start()
     spec = web.encode("a").headers["X-SIE-Model-Revision"]
     standin.tell(resident=[spec])
-    wait_until(lambda: web.http.get("/v1/models/org/m").json()["loaded"], 5, "the model to be shown as loaded")
+    wait_until(lambda: web.http.get("/v1/models/org/m").json()["loaded"], 20, "the model to be shown as loaded")
     assert web.http.get("/v1/models/org/m").json()["state"] == "loaded"
 
 

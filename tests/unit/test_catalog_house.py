@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cli.export_folder import SCHEMA_FILE
 from config_db.catalog import read_catalog
+from config_db.export import EDITOR_LINE
 from config_db.families import FAMILIES, why_unsupported
+from config_db.json_schema import schema_text
 from config_db.spec import ModelSpec
 from workers.host.families.registry import BUILT_IN
 
@@ -27,6 +30,10 @@ def specs() -> list[ModelSpec]:
 
 def test_every_file_is_one_model(specs: list[ModelSpec]) -> None:
     assert len(specs) == len(FILES)
+
+
+def test_the_schema_beside_the_files_is_this_releases() -> None:
+    assert (CATALOG / SCHEMA_FILE).read_text() == schema_text(), "farmhand config schema writes it"
 
 
 def test_no_two_models_share_a_name_however_it_is_written(specs: list[ModelSpec]) -> None:
@@ -56,9 +63,10 @@ def test_a_template_that_takes_an_instruction_has_one_to_take(specs: list[ModelS
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_says_where_its_facts_come_from_and_pins_its_weights(path: Path) -> None:
-    first, *rest = path.read_text().splitlines()
+    editors, first, *rest = path.read_text().splitlines()
     content = yaml.safe_load(path.read_text())
     source = content["source"]
+    assert editors == f"{EDITOR_LINE}../{SCHEMA_FILE}"
     assert first.startswith(f"# Facts: https://huggingface.co/{content['id']}")
     if "revision" in source:
         assert COMMIT.fullmatch(source["revision"])

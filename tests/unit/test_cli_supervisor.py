@@ -118,7 +118,7 @@ def test_a_child_that_dies_is_started_again_with_one_line(start: Start) -> None:
     driven.wait_up()
     (child,) = driven.children()
     child.kill()
-    wait_until(lambda: [one.pid for one in driven.children()] not in ([], [child.pid]), 5, "another child")
+    wait_until(lambda: [one.pid for one in driven.children()] not in ([], [child.pid]), 20, "another child")
     (line,) = [line for line in driven.said().splitlines() if line.startswith("worker")]
     assert line.startswith(f"worker (pid {child.pid}) was ended by SIGKILL; starting it again in 0.5 s; its log: ")
     assert Path(line.partition("its log: ")[2]).exists()
@@ -128,11 +128,11 @@ def test_a_child_that_dies_again_waits_twice_as_long(start: Start) -> None:
     driven = start(worker=(OBEYS, "SERVING"))
     driven.wait_up()
     for wait in ("0.5 s", "1 s"):
-        wait_until(driven.children, 5, "a child")
+        wait_until(driven.children, 20, "a child")
         (child,) = driven.children()
         child.kill()
         said = f"(pid {child.pid}) was ended by SIGKILL; starting it again in {wait};"
-        wait_until(lambda said=said: said in driven.said(), 5, said)
+        wait_until(lambda said=said: said in driven.said(), 20, said)
 
 
 def test_what_serves_ends_before_what_stores(start: Start) -> None:
@@ -185,7 +185,9 @@ def test_children_die_with_a_killed_supervisor(start: Start) -> None:
 
 def test_a_child_that_takes_long_says_what_it_waits_for(start: Start) -> None:
     driven = start(worker=(WAITS, "SERVING"))
-    wait_until(lambda: driven.said().splitlines() == ["  ... worker", "  ... worker: the seventh cow"], 8, "both lines")
+    wait_until(
+        lambda: driven.said().splitlines() == ["  ... worker", "  ... worker: the seventh cow"], 20, "both lines"
+    )
 
 
 def test_a_farm_that_cannot_start_says_why_in_one_line_and_leaves_nothing(start: Start) -> None:

@@ -17,6 +17,18 @@ def test_tenants_share_by_weight(weight: float, share: float) -> None:
     assert served["big"] / 200 == pytest.approx(share, abs=0.03)
 
 
+def test_other_weights_count_from_when_they_are_told() -> None:
+    made = scheduler(max_items=1)
+    for tenant in ("big", "small"):
+        for _ in range(300):
+            made.add(work(tenant, tenant=tenant))
+    picked = [pick.works[0].tenant for _ in range(100) if (pick := made.pick(0, resident=HERE))]
+    made.weigh_tenants({"big": 3.0})
+    picked += [pick.works[0].tenant for _ in range(200) if (pick := made.pick(0, resident=HERE))]
+    assert Counter(picked[:100])["big"] == 50
+    assert Counter(picked[100:])["big"] == pytest.approx(150, abs=6)
+
+
 def test_a_tenant_that_was_away_has_saved_up_nothing() -> None:
     made = scheduler(max_items=1)
     for _ in range(50):

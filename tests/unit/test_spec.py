@@ -27,6 +27,7 @@ from config_db.spec import (
     Profile,
     Source,
     Trust,
+    WeightsFormat,
     plain,
 )
 
@@ -315,7 +316,7 @@ SPECS = st.fixed_dictionaries(
         "limits": st.builds(Limits, max_items=st.none() | COUNTS, timeout_s=st.none() | st.floats(1e-6, 1e9)),
         "placement": st.builds(Placement, preload=st.booleans(), tenants=st.lists(NAMES, max_size=2).map(tuple)),
         "access": st.builds(Access, tenants=st.lists(NAMES, max_size=2).map(tuple)),
-        "trust": st.builds(Trust, remote_code=st.booleans()),
+        "trust": st.builds(Trust, formats=some(WeightsFormat)),
         "unsupported": TEXTS,
     },
 ).map(spec_of)

@@ -131,7 +131,7 @@ def _answer(written: Written, left_out: Sequence[str] = ()) -> Answer:
 
 def _unheeded(spec: ModelSpec) -> list[str]:
     """Fields that a spec may have and that nothing heeds yet."""
-    said = {"placement.tenants": spec.placement.tenants, "limits.queue_limit": spec.limits.queue_limit}
+    said = {"limits.queue_limit": spec.limits.queue_limit}
     return [field for field, value in said.items() if value]
 
 
