@@ -70,7 +70,8 @@ def choose_profile(spec: ModelSpec, options: Mapping[str, Any] | None, *, param:
 
 def may_use(spec: ModelSpec, tenant: str) -> bool:
     """Whether a model is there for a tenant: it is open to it, and may run in pools of it."""
-    return all(not named or tenant in named for named in (spec.access.tenants, spec.placement.tenants))
+    open_to, run_for = spec.access.tenants, spec.placement.tenants
+    return (not open_to or tenant in open_to) and (not run_for or tenant in run_for)
 
 
 def check_access(spec: ModelSpec, tenant: str) -> None:

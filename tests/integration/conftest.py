@@ -13,8 +13,11 @@ from config_db.engine import open_engine
 from config_db.reader import SnapshotReader
 from tests.config_writes import RARELY_S
 from tests.hosts import LivePool, starting_pools
+from tests.live import LiveFarm, fake_spec
 from tests.lora import make_adapted
 from tests.rerankers import make_causal_rerankers, make_cross_encoders
+from tests.services import PostgresServer, RedisServer
+from tests.web import Web, start_web, stop_web
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +43,31 @@ def reader(database_url: str) -> Iterator[SnapshotReader]:
     made = SnapshotReader(database_url, poll_s=RARELY_S, copy_path=None)
     yield made
     made.stop()
+
+
+@pytest.fixture
+def live(redis_url: str, database_url: str, tmp_path: Path) -> Iterator[LiveFarm]:
+    """A farm that serves one fake model, still without workers."""
+    farm = LiveFarm(redis_url, database_url, tmp_path)
+    farm.add_models(fake_spec())
+    yield farm
+    farm.close()
+
+
+@pytest.fixture(scope="module")
+def config_web(
+    redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Web]:
+    """An API on a config DB without models, for the tests of one file."""
+    web = start_web(
+        redis_server.url,
+        tmp_path_factory.mktemp("configs"),
+        (),
+        DATABASE_URL=postgres_server.fresh_database(),
+        EXTRA_FAMILIES="fake=tests.fakes.family:FakeFamily",
+    )
+    yield web
+    stop_web(web)
 
 
 @pytest.fixture

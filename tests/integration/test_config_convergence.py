@@ -34,14 +34,6 @@ from webapp.fleet import Fleet, ProcessEpoch, has_converged
 
 
 @pytest.fixture
-def live(redis_url: str, database_url: str, tmp_path: Path) -> Iterator[LiveFarm]:
-    farm = LiveFarm(redis_url, database_url, tmp_path)
-    farm.add_models(fake_spec())
-    yield farm
-    farm.close()
-
-
-@pytest.fixture
 def client(redis_url: str) -> Iterator[FarmClient]:
     made = FarmClient(redis_url, queue_limit=10, result_ttl_s=60)
     yield made

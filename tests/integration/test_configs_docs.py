@@ -3,15 +3,13 @@
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.services import PostgresServer, RedisServer
 from tests.standin import build_web
-from tests.web import ROOT, Web, start_web, stop_web
+from tests.web import ROOT, Web
 
 PAGE = (ROOT / "docs/config-api.md").read_text()
 SHOWN = re.findall(r"^```sh\n(.*?)^```\n```(json|yaml)\n(.*?)^```", PAGE, re.M | re.S)
@@ -20,11 +18,8 @@ FREE = ("$defs", "model_config", "fields")
 
 
 @pytest.fixture(scope="module")
-def web(redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: Any) -> Iterator[Web]:
-    directory = tmp_path_factory.mktemp("configs")
-    web = start_web(redis_server.url, directory, (), DATABASE_URL=postgres_server.fresh_database())
-    yield web
-    stop_web(web)
+def web(config_web: Web) -> Web:
+    return config_web
 
 
 def shape(value: Any) -> Any:

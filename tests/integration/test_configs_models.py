@@ -2,7 +2,6 @@
 
 import json
 import threading
-from collections.abc import Iterator
 from time import monotonic
 from typing import Any
 
@@ -12,8 +11,7 @@ import pytest
 import yaml
 
 from config_db.documents import parse
-from tests.services import PostgresServer, RedisServer
-from tests.web import Web, start_web, stop_web
+from tests.web import Web
 
 MODELS = "/v1/configs/models"
 OURS = {
@@ -27,16 +25,8 @@ OURS = {
 
 
 @pytest.fixture(scope="module")
-def web(redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: Any) -> Iterator[Web]:
-    web = start_web(
-        redis_server.url,
-        tmp_path_factory.mktemp("configs"),
-        (),
-        DATABASE_URL=postgres_server.fresh_database(),
-        EXTRA_FAMILIES="fake=tests.fakes.family:FakeFamily",
-    )
-    yield web
-    stop_web(web)
+def web(config_web: Web) -> Web:
+    return config_web
 
 
 def epoch(web: Web) -> int:

@@ -6,20 +6,16 @@ from typing import Any
 
 import pytest
 
-from tests.services import PostgresServer, RedisServer
-from tests.web import Web, start_web, stop_web
+from tests.web import Web
 
 MODELS = "/v1/configs/models"
 GOOD = {"id": "good/m", "family": "dense", "source": {"hub": "org/m"}, "aliases": ["good/alias"]}
 
 
 @pytest.fixture(scope="module")
-def started(redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: Any) -> Iterator[Web]:
-    directory = tmp_path_factory.mktemp("configs")
-    web = start_web(redis_server.url, directory, (), DATABASE_URL=postgres_server.fresh_database())
-    assert web.http.post(MODELS, json=GOOD).status_code == 201
-    yield web
-    stop_web(web)
+def started(config_web: Web) -> Web:
+    assert config_web.http.post(MODELS, json=GOOD).status_code == 201
+    return config_web
 
 
 @pytest.fixture

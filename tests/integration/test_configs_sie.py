@@ -1,13 +1,11 @@
 """Documents of the public form, over HTTP: what becomes of them, and what the answer says was left out."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.services import PostgresServer, RedisServer
-from tests.web import Web, start_web, stop_web
+from tests.web import Web
 
 MODELS = "/v1/configs/models"
 EMBEDDER = """
@@ -48,16 +46,8 @@ profiles:
 
 
 @pytest.fixture(scope="module")
-def web(redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: Any) -> Iterator[Web]:
-    web = start_web(
-        redis_server.url,
-        tmp_path_factory.mktemp("configs"),
-        (),
-        DATABASE_URL=postgres_server.fresh_database(),
-        EXTRA_FAMILIES="fake=tests.fakes.family:FakeFamily",
-    )
-    yield web
-    stop_web(web)
+def web(config_web: Web) -> Web:
+    return config_web
 
 
 def shown(web: Web, model: str) -> Any:

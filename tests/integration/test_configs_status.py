@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from tasks.client import FarmClient
-from tests.services import PostgresServer, RedisServer, wait_until
+from tests.services import wait_until
 from tests.standin import StandIn
-from tests.web import Web, start_web, stop_web
+from tests.web import Web
 from webapp.fleet import Fleet
 
 MODELS = "/v1/configs/models"
@@ -21,12 +21,9 @@ DENSE = {"id": "org/m", "family": "dense", "source": {"hub": "org/m"}, "aliases"
 
 
 @pytest.fixture(scope="module")
-def web(redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: Any) -> Iterator[Web]:
-    directory = tmp_path_factory.mktemp("configs")
-    web = start_web(redis_server.url, directory, (), DATABASE_URL=postgres_server.fresh_database())
-    assert web.http.post(MODELS, json=DENSE).status_code == 201
-    yield web
-    stop_web(web)
+def web(config_web: Web) -> Web:
+    assert config_web.http.post(MODELS, json=DENSE).status_code == 201
+    return config_web
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Plain Celery producers' countdowns and expiries, as a worker holds them until their time has come."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -10,19 +9,11 @@ from celery import Celery
 
 from tasks.app import build_app
 from tasks.names import Lane, queue_name
-from tests.live import FAKE, POOL, PROFILE, LiveFarm, fake_spec
+from tests.live import FAKE, POOL, PROFILE, LiveFarm
 from tests.services import wait_until
 
 QUEUE = queue_name(POOL, PROFILE, Lane.STANDARD)
 REQUEST = (FAKE, {"items": [{"text": "x"}]})
-
-
-@pytest.fixture
-def live(redis_url: str, database_url: str, tmp_path: Path) -> Iterator[LiveFarm]:
-    farm = LiveFarm(redis_url, database_url, tmp_path)
-    farm.add_models(fake_spec())
-    yield farm
-    farm.close()
 
 
 @pytest.fixture

@@ -4,22 +4,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.live import ROOT, LiveFarm, fake_spec
+from tests.live import ROOT, LiveFarm
 from tests.services import free_port, wait_until
-
-
-@pytest.fixture
-def live(redis_url: str, database_url: str, tmp_path: Path) -> Iterator[LiveFarm]:
-    farm = LiveFarm(redis_url, database_url, tmp_path)
-    farm.add_models(fake_spec())
-    yield farm
-    farm.close()
 
 
 @pytest.fixture

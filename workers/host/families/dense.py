@@ -47,6 +47,7 @@ from workers.host.encoder import (
 from workers.host.families import results
 from workers.host.families.dense_folder import POOLINGS, Folder, read_folder, refusal
 from workers.host.families.dense_prompts import wording
+from workers.host.families.flat_copies import find_copy
 from workers.host.families.protocol import Device
 from workers.host.families.shared_tokenizers import SharedTokenizers
 from workers.host.families.text_folder import content_key, longest_text
@@ -338,17 +339,10 @@ class DenseFamily:
 
     def _flat(self, name: str, kept: _Kept, device: Device, *, keep: bool) -> FlatWeights | None:
         """The copy that was kept, on the device, and with it what was found out when it was made."""
-        copies, host_memory = device.copies, device.host_memory
-        if copies is None:
-            return None
-        if host_memory is None:
-            found = copies.find(name)
-        else:
-            found = host_memory.bring(name, lambda: _page_locked(copies.find(name)), keep=keep)
-        if found is None:
-            return None
-        kept.verdict = kept.verdict or msgspec.json.decode(found.note, type=Verdict)
-        return found if device.kind == "cpu" else found.on(device.name)
+        found = find_copy(name, device, keep=keep)
+        if found is not None:
+            kept.verdict = kept.verdict or msgspec.json.decode(found.note, type=Verdict)
+        return found
 
     def _revive(self, kept: _Kept, flat: FlatWeights | None) -> torch.nn.Module | None:
         """Hang kept or mapped weights into a skeleton; None where they do not fit."""
@@ -481,10 +475,6 @@ def _copy_name(key: tuple[str, str], device: Device) -> str:
     """Names a copy by what it is made of and what decides how it comes out."""
     made_by = (*key, device.kind, torch.__version__, transformers_version, precision.quick(device))
     return hashlib.sha256(":".join(made_by).encode()).hexdigest()[:40]
-
-
-def _page_locked(found: FlatWeights | None) -> FlatWeights | None:
-    return found.page_locked() if found is not None and found.bytes else found
 
 
 def _in(dtype: torch.dtype, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
