@@ -2,8 +2,8 @@
 
 Every write purges some of what is due, in its own transaction and under the lock that it holds, so no janitor is needed
 and a process that dies leaves nothing half purged. Of each model the last change stays for good: by it ``farmhand up``
-knows what somebody else has changed, and ``auto`` what was deleted by hand. A reader that stands behind the purge finds
-its epoch no more, and reads all anew.
+knows what somebody else has changed, and ``auto`` what was deleted by hand. A reader whose epoch is purged reads all
+anew.
 """
 
 from datetime import timedelta

@@ -8,6 +8,7 @@ connection = context.config.attributes.get("connection")
 if connection is None:
     context.configure(dialect_name="postgresql", target_metadata=Table.metadata, literal_binds=True)
 else:
-    context.configure(connection=connection, target_metadata=Table.metadata)
+    # each migration in a transaction of its own: the locks of two together could cross those of processes at work
+    context.configure(connection=connection, target_metadata=Table.metadata, transaction_per_migration=True)
 with context.begin_transaction():
     context.run_migrations()
