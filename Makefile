@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 SDK := build/sdk/.installed
 FIGURES ?=
 
-.PHONY: help run test check bench migrate lock clean
+.PHONY: help run test check bench migrate openapi lock clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench: $(INSTALLED) ## measure; FIGURES="name name" for some
 
 migrate: $(INSTALLED) ## bring FARMHAND_DATABASE_URL to the newest schema
 	$(BIN)/farmhand migrate
+
+openapi: $(INSTALLED) ## write docs/openapi.json anew, from the routes and the types that they read
+	$(BIN)/python -m webapp.openapi docs/openapi.json
 
 # by the oldest Python that the farm runs on: what the newest one resolves to may not exist for it. Some Pythons need
 # more than that one: setuptools from 3.12 on (torch), async-timeout before 3.11.3 (redis).

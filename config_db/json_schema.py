@@ -16,15 +16,20 @@ DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 def model_schema() -> dict[str, Any]:
     """What ``config_db.documents.read_model`` takes, as far as a schema can say it; each field is described."""
     schema = {"$schema": DIALECT, **msgspec.json.schema(ModelSpec)}
+    describe(schema["$defs"])
+    return schema
+
+
+def describe(parts: dict[str, Any]) -> None:
+    """Say of each field what it means, in the schemas of the parts of a model's document, by their names."""
     for struct, meanings in MEANINGS.items():
-        part = schema["$defs"][struct]
+        part = parts[struct]
         part["description"] = cleandoc(part["description"])
         for field, meaning in meanings.items():
             part["properties"][field]["description"] = meaning
-    fields = schema["$defs"]["ModelSpec"]["properties"]
+    fields = parts["ModelSpec"]["properties"]
     fields["id"] |= {"pattern": MODEL_ID, "maxLength": MAX_ID}  # only those of profiles hold a colon
     fields["family"]["examples"] = sorted(FAMILIES)
-    return schema
 
 
 def schema_text() -> str:

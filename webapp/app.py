@@ -14,6 +14,7 @@ from webapp.views import (
     config_bundles,
     config_epochs,
     configs,
+    docs,
     encode,
     extract,
     health,
@@ -27,15 +28,35 @@ from webapp.views import (
 
 def create_app(settings: WebSettings, snapshots: Snapshots, client: FarmClient) -> Flask:
     """The application over a started snapshot reader and a client of the farm."""
+    app = bare_app()
+    farms.install(app.extensions, Farm(settings, snapshots, client, Fleet(client)))
+    config_store.install(app.extensions, ConfigStore(settings.database_url))
+    door.install(app, door.authenticator(settings, lambda: snapshots.current.keys))
+    return app
+
+
+def bare_app() -> Flask:
+    """The routes alone, and how errors are answered: as much as the document of the API is made of."""
     app = Flask("webapp", static_folder=None)
     app.url_map.merge_slashes = False  # clients never follow redirects, and model ids may hold anything
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False
-    farms.install(app.extensions, Farm(settings, snapshots, client, Fleet(client)))
-    config_store.install(app.extensions, ConfigStore(settings.database_url))
     problems.install(app)
-    door.install(app, door.authenticator(settings, lambda: snapshots.current.keys))
-    for view in (encode, score, extract, openai, oip, tasks, models, configs, config_epochs, config_bundles, health):
+    for view in (
+        encode,
+        score,
+        extract,
+        openai,
+        oip,
+        tasks,
+        models,
+        configs,
+        config_epochs,
+        config_bundles,
+        health,
+        docs,
+    ):
         app.register_blueprint(view.bp)
     app.register_blueprint(oip.probes)
+    app.register_blueprint(docs.pages)
     return app

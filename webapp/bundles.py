@@ -5,12 +5,13 @@ Public config tools know in bundles which worker runs what; here every worker ha
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from config_db.convergence import Epoch, has_reached
 from config_db.families import FAMILIES, why_unsupported
 from config_db.spec import ModelSpec
 from webapp.fleet import ProcessEpoch
+from webapp.wire.config_answers import BundleStatus
 
 BUNDLE: Final = "default"
 
@@ -30,7 +31,7 @@ def bundles_of(spec: ModelSpec, extra: Mapping[str, str]) -> list[str]:
     return [BUNDLE] if why_unsupported(spec, extra) is None else []
 
 
-def bundle_status(spec: ModelSpec, processes: Sequence[ProcessEpoch], present: Epoch) -> dict[str, Any]:
+def bundle_status(spec: ModelSpec, processes: Sequence[ProcessEpoch], present: Epoch) -> BundleStatus:
     """Which of the workers that may run a model serve the present epoch."""
     machines = spec.placement.machine_profiles
     eligible = [

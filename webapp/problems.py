@@ -29,7 +29,9 @@ from common.errors import (
 )
 from common.logs import get_logger
 from tasks.codec import dump_json
-from webapp.wire.headers import JSON, set_common
+from webapp.openapi.declared import answers_errors_as
+from webapp.wire.headers import ERROR_CODE, JSON, set_common
+from webapp.wire.results import Problem
 
 log = get_logger("webapp")
 
@@ -66,11 +68,12 @@ def error_body(error: FarmError) -> dict[str, Any]:
     return body
 
 
+@answers_errors_as(Problem)
 def problem(error: FarmError) -> Response:
     """Answer with the code, the message and, where it helps, the field."""
     status = status_of(error)
     response = Response(dump_json({"error": error_body(error)}), status, content_type=JSON)
-    response.headers["X-SIE-Error-Code"] = error.code
+    response.headers[ERROR_CODE] = error.code
     if status in (429, 503, 504):
         # whole seconds, rounded up: zero would be honoured as "again at once"
         response.headers["Retry-After"] = str(max(1, ceil(error.retry_after_s or DEFAULT_RETRY_AFTER_S)))

@@ -8,6 +8,7 @@ they are prepared: ``!refuse !prepare-hang !prepare-segfault``.
 
 import hashlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from common.errors import FarmError, ModelLoadError, RequestError
 from config_db.spec import ModelSpec, Placement, Source
+from tasks import codec
 from tasks.messages import Request
 from tasks.scores import ranking
 from workers.host.families.protocol import Device
@@ -71,7 +73,7 @@ class FakeModel:
         self.is_closed = False
 
     def prepare(self, operation: str, requests: Sequence[Request]) -> _Prepared:
-        assert operation in ("encode", "score")
+        assert operation in ("encode", "score", "extract")
         assert not self.is_closed
         self._sleep("prepare_ms")
         for text in _texts(requests):
@@ -93,6 +95,8 @@ class FakeModel:
     def finish(self, prepared: _Prepared, raw: list[npt.NDArray[np.float32]]) -> list[bytes | FarmError]:
         if prepared.operation == "score":
             return [_ranking(request) for request in prepared.requests]
+        if prepared.operation == "extract":
+            return [codec.pack([_extracted(item) for item in request.items]) for request in prepared.requests]
         pairs = zip(prepared.requests, raw, strict=True)
         return [dense_items(request.items, rows, request.output_dtype) for request, rows in pairs]
 
@@ -140,6 +144,16 @@ def _fail_to_load(spec: ModelSpec) -> None:
 
 def _ranking(request: Request) -> bytes:
     return ranking(request.items, [fake_score(request.query["text"], item["text"]) for item in request.items])
+
+
+def _extracted(item: Any) -> dict[str, Any]:
+    """Every word that begins with a capital is a name."""
+    found = [
+        {"text": word[0], "label": "name", "score": 0.5, "start": word.start(), "end": word.end()}
+        for word in re.finditer(r"\b[A-Z]\w*", item["text"])
+    ]
+    nothing: dict[str, Any] = {"relations": [], "classifications": [], "objects": [], "data": None}
+    return {"id": item["id"], "entities": found, **nothing}
 
 
 def _texts(requests: Sequence[Request]) -> list[str]:

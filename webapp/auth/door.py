@@ -15,8 +15,8 @@ from webapp.auth.tokens import ApiKeys, StaticTokens, read_tokens
 
 Authenticate: TypeAlias = Callable[[str], Principal | None]
 
-OPEN: Final = frozenset(("health", "oip_health"))
-"""Blueprints that anybody may ask: probes hold no key."""
+OPEN: Final = frozenset(("health", "oip_health", "docs", "pages"))
+"""Blueprints that anybody may ask: probes hold no key, and the document tells no more than the source does."""
 CONFIG: Final = frozenset(("configs", "config_epochs", "config_bundles"))
 READS: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 READING_POSTS: Final = frozenset(("config_bundles.resolve",))

@@ -6,15 +6,27 @@ import msgspec
 from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
-from common.errors import ContentConflictError, NotFoundError
+from common.errors import (
+    ConfigError,
+    ContentConflictError,
+    DocumentError,
+    ModelNotFoundError,
+    NotFoundError,
+    QueueUnavailableError,
+)
 from config_db.documents import convert
 from config_db.export import to_yaml
 from config_db.families import why_unsupported
 from config_db.spec import DEFAULT_PROFILE
 from webapp.bundles import BUNDLE, bundles_of, families
 from webapp.farm import farm
+from webapp.openapi.declared import Answered, Body, declared
+from webapp.openapi.headers import ETAG
+from webapp.openapi.inference import EMBEDDER
 from webapp.wire import answers
 from webapp.wire import configs as wire
+from webapp.wire.config_answers import Bundle, BundleContent, BundleList, Resolved
+from webapp.wire.headers import JSON
 
 bp = Blueprint("config_bundles", __name__)
 wire.install(bp)
@@ -31,31 +43,40 @@ class ResolveBody(msgspec.Struct):
 
 
 @bp.get("/v1/configs/bundles")
+@declared(BundleList, errors=(QueueUnavailableError,))
 def index() -> ResponseReturnValue:
     """The one bundle."""
     here = farm()
-    bundle = {
-        "bundle_id": BUNDLE,
-        "priority": _PRIORITY,
-        "adapter_count": len(families(here.settings.family_places)),
-        "source": _SOURCE,
-        "connected_workers": len(here.fleet.workers()),
-    }
-    return answers.answer({"bundles": [bundle]})
+    bundle = Bundle(
+        bundle_id=BUNDLE,
+        priority=_PRIORITY,
+        adapter_count=len(families(here.settings.family_places)),
+        source=_SOURCE,
+        connected_workers=len(here.fleet.workers()),
+    )
+    return answers.answer(BundleList(bundles=[bundle]))
 
 
 @bp.get("/v1/configs/bundles/<path:bundle>")
+@declared(
+    Answered(BundleContent, "The families.", (wire.YAML,), (ETAG,)), errors=(NotFoundError,), path={"bundle": BUNDLE}
+)
 def show(bundle: str) -> ResponseReturnValue:
     """What is in the bundle: families."""
     here = farm()
     if bundle != BUNDLE:
         raise NotFoundError(f"there is no bundle {bundle[:100]!r}: the only one is {BUNDLE!r}", param="bundle")
     adapters = families(here.settings.family_places)
-    content = {"name": BUNDLE, "priority": _PRIORITY, "source": _SOURCE, "adapters": adapters}
+    content = BundleContent(name=BUNDLE, priority=_PRIORITY, source=_SOURCE, adapters=adapters)
     return wire.yaml_answer(to_yaml(content), epoch=here.served.epoch)
 
 
 @bp.post("/v1/configs/resolve")
+@declared(
+    Resolved,
+    body=Body(ResolveBody, {"model": EMBEDDER}, (JSON, wire.YAML)),
+    errors=(ConfigError, DocumentError, ModelNotFoundError, ContentConflictError),
+)
 def resolve() -> ResponseReturnValue:
     """Which model a name means, and which bundle runs it."""
     here = farm()
@@ -71,11 +92,11 @@ def resolve() -> ResponseReturnValue:
             details={"model": spec.id, "compatible_bundles": compatible},
         )
     return answers.answer(
-        {
-            "model": spec.id,
-            "resolved_bundle": BUNDLE if compatible else None,
-            "compatible_bundles": compatible,
-            "profiles": [DEFAULT_PROFILE, *spec.profiles],
-            "unsupported": why_unsupported(spec, here.settings.family_places),
-        }
+        Resolved(
+            model=spec.id,
+            resolved_bundle=BUNDLE if compatible else None,
+            compatible_bundles=compatible,
+            profiles=[DEFAULT_PROFILE, *spec.profiles],
+            unsupported=why_unsupported(spec, here.settings.family_places),
+        )
     )

@@ -6,12 +6,15 @@ from flask.typing import ResponseReturnValue
 from tasks.names import Operation
 from webapp import inference
 from webapp.admission import admit_encode
+from webapp.openapi.inference import EMBEDDER, serves
 from webapp.wire.bodies import EncodeBody
+from webapp.wire.results import EncodeAnswer
 
 bp = Blueprint("encode", __name__)
 
 
 @bp.post("/v1/encode/<path:model>")
+@serves(EMBEDDER, EncodeBody, EncodeAnswer, {"items": [{"id": "a", "text": "The lake freezes in January."}]})
 def encode(model: str) -> ResponseReturnValue:
     """Encode the items of one request, in order."""
     return inference.serve(Operation.ENCODE, model, EncodeBody, admit_encode)

@@ -1,5 +1,7 @@
 """``/healthz``: this process answers. ``/readyz``: a request would succeed."""
 
+from typing import Final, Literal, TypedDict
+
 from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
@@ -7,18 +9,42 @@ from common.errors import QueueUnavailableError
 from tasks.live_workers import WorkerView
 from tasks.names import Lane, queue_name
 from webapp.farm import Farm, farm
+from webapp.openapi.declared import Answered, declared
+from webapp.openapi.headers import CODE, RETRY_AFTER
 from webapp.wire import answers
+from webapp.wire.results import NotReady
 
 bp = Blueprint("health", __name__)
 
 
+class Alive(TypedDict):
+    """This process answers."""
+
+    status: Literal["ok"]
+
+
+class Ready(TypedDict):
+    """A request would succeed; ``reasons`` say what is off if the farm is degraded."""
+
+    status: Literal["ready", "degraded"]
+    reasons: list[str]
+    workers: int
+    models: int
+    epoch: int
+
+
+NOT_READY: Final = Answered(NotReady, "A request would not succeed now.", headers=(RETRY_AFTER, CODE))
+
+
 @bp.get("/healthz")
+@declared(Alive)
 def healthz() -> ResponseReturnValue:
     """Alive."""
-    return answers.answer({"status": "ok"})
+    return answers.answer(Alive(status="ok"))
 
 
 @bp.get("/readyz")
+@declared(Ready, more={503: NOT_READY})
 def readyz() -> ResponseReturnValue:
     """200 once Redis answers, a config snapshot is here and a live worker serves this farm's own queue.
 
@@ -35,13 +61,13 @@ def readyz() -> ResponseReturnValue:
         return answers.not_ready([f"no worker serves {_own_queue(here)} ({seen})"])
     reasons = _degradations(here, ready)
     return answers.answer(
-        {
-            "status": "degraded" if reasons else "ready",
-            "reasons": reasons,
-            "workers": len(ready),
-            "models": len(here.served.models),
-            "epoch": here.served.epoch,
-        }
+        Ready(
+            status="degraded" if reasons else "ready",
+            reasons=reasons,
+            workers=len(ready),
+            models=len(here.served.models),
+            epoch=here.served.epoch,
+        )
     )
 
 

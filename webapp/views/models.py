@@ -1,17 +1,20 @@
 """``/v1/models``: what is served, and whether it is loaded now. Reading never loads a model."""
 
-from typing import Any, Final
+from typing import Final
 
 from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
-from common.errors import ModelUnsupportedError
+from common.errors import ModelNotFoundError, ModelUnsupportedError
 from config_db.families import why_unsupported
 from config_db.spec import DEFAULT_PROFILE, ModelSpec, plain
 from webapp.admission import check_access, may_use
 from webapp.auth.principals import principal
 from webapp.farm import farm
+from webapp.openapi.declared import declared
+from webapp.openapi.inference import EMBEDDER
 from webapp.wire import answers
+from webapp.wire.model_answers import LastError, ListedModel, ModelCard, ModelInfo, ModelList
 
 bp = Blueprint("models", __name__)
 
@@ -19,6 +22,7 @@ _THE_MODEL: Final = {"is_default": True}
 
 
 @bp.get("/v1/models")
+@declared(ModelList)
 def index() -> ResponseReturnValue:
     """All models, and their profiles as models of their own, by name; twice, for two kinds of clients."""
     resident = farm().fleet.resident()
@@ -26,24 +30,25 @@ def index() -> ResponseReturnValue:
     usable = (spec for spec in farm().served.all_specs() if may_use(spec, tenant))
     specs = sorted(usable, key=lambda spec: spec.id)
     infos = [_info(spec, is_loaded=spec.digest in resident) for spec in specs]
-    return answers.answer({"models": infos, "object": "list", "data": [_listed(spec) for spec in specs]})
+    return answers.answer(ModelList(models=infos, object="list", data=[_listed(spec) for spec in specs]))
 
 
 @bp.get("/v1/models/<path:model>")
+@declared(ModelCard, errors=(ModelNotFoundError,), path={"model": EMBEDDER})
 def show(model: str) -> ResponseReturnValue:
     """One model, by its id, an alias, or ``<either>:<profile>``."""
     spec = farm().served.model(model)
     check_access(spec, principal().tenant)
     info = _info(spec, is_loaded=spec.digest in farm().fleet.resident())
-    return answers.answer({**info, **_listed(spec)})
+    return answers.answer(ModelCard(**info, **_listed(spec)))
 
 
-def _listed(spec: ModelSpec) -> dict[str, Any]:
+def _listed(spec: ModelSpec) -> ListedModel:
     """A model as clients of the OpenAI routes read it, beside what others read in the same answer."""
     return {"id": spec.id, "object": "model", "created": 0, "owned_by": "farmhand"}
 
 
-def _info(spec: ModelSpec, *, is_loaded: bool) -> dict[str, Any]:
+def _info(spec: ModelSpec, *, is_loaded: bool) -> ModelInfo:
     unsupported = why_unsupported(spec)
     return {
         "name": spec.id,
@@ -64,6 +69,6 @@ def _info(spec: ModelSpec, *, is_loaded: bool) -> dict[str, Any]:
     }
 
 
-def _never_served(reason: str) -> dict[str, Any]:
+def _never_served(reason: str) -> LastError:
     """Why, in the form of an error that was met when loading."""
     return {"code": ModelUnsupportedError.code, "message": reason, "attempts": 0, "permanent": True}

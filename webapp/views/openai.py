@@ -10,10 +10,14 @@ from tasks.names import Operation
 from webapp import inference
 from webapp.admission import admit_encode
 from webapp.farm import farm
+from webapp.openapi.declared import Answered, Body, declared
+from webapp.openapi.headers import INFERS, REPLAYED
+from webapp.openapi.inference import EMBEDDER, OUTCOMES, RERANKER
 from webapp.score_admission import admit_score
 from webapp.wire import bodies
 from webapp.wire import openai as wire
 from webapp.wire.bodies import EncodeBody, EncodeParams, Item, ScoreBody
+from webapp.wire.headers import JSON, MSGPACK
 
 bp = Blueprint("openai", __name__)
 bp.register_error_handler(FarmError, wire.problem)
@@ -22,6 +26,16 @@ FORMATS: Final = ("float", "base64")
 
 
 @bp.post("/v1/embeddings")
+@declared(
+    Answered(wire.EmbeddingList, "The vectors.", headers=(REPLAYED,)),
+    body=Body(
+        wire.EmbeddingsBody,
+        {"model": EMBEDDER, "input": ["The lake freezes in January.", "Ada lives in Turin."]},
+        (JSON, MSGPACK),
+    ),
+    parameters=INFERS,
+    errors=OUTCOMES,
+)
 def embeddings() -> ResponseReturnValue:
     """Encode texts into dense vectors, in order."""
     body = bodies.read(wire.EmbeddingsBody, max_bytes=farm().settings.max_body_bytes)
@@ -35,6 +49,21 @@ def embeddings() -> ResponseReturnValue:
 
 
 @bp.post("/v1/rerank")
+@declared(
+    Answered(wire.Ranking, "The ranking.", headers=(REPLAYED,)),
+    body=Body(
+        wire.RerankBody,
+        {
+            "model": RERANKER,
+            "query": "When does the lake freeze?",
+            "documents": ["The lake freezes in January.", {"text": "Ada lives in Turin."}],
+            "return_documents": True,
+        },
+        (JSON, MSGPACK),
+    ),
+    parameters=INFERS,
+    errors=OUTCOMES,
+)
 def rerank() -> ResponseReturnValue:
     """Score documents against a query, best first."""
     body = bodies.read(wire.RerankBody, max_bytes=farm().settings.max_body_bytes)

@@ -14,7 +14,8 @@ from tasks import codec
 from tasks.messages import RESULT_FIELD, Outcome, head_fields
 from tasks.names import Operation
 from tasks.records import TaskView
-from webapp.wire.headers import JSON, MSGPACK, set_common, wants_msgpack
+from webapp.wire.headers import ERROR_CODE, JSON, MSGPACK, set_common, wants_msgpack
+from webapp.wire.results import Accepted, ErrorBody, NotReady
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _TIME_HEADERS: Final = {
@@ -73,7 +74,7 @@ def outcome_answer(outcome: Outcome, operation: Operation, *, total_ms: float, m
 
 def accepted(task_id: str) -> Response:
     """The answer to an asynchronous request: where to ask for its outcome."""
-    response = answer({"task_id": task_id, "state": "queued"}, status=202)
+    response = answer(Accepted(task_id=task_id, state="queued"), status=202)
     response.headers["Location"] = f"/v1/tasks/{task_id}"
     response.headers["Preference-Applied"] = "respond-async"
     return response
@@ -102,9 +103,9 @@ def task_answer(view: TaskView) -> Response:
 
 def not_ready(reasons: list[str]) -> Response:
     """The answer of a farm that cannot serve yet."""
-    error = {"code": "NOT_READY", "message": "; ".join(reasons)}
-    response = answer({"status": "not_ready", "reasons": reasons, "error": error}, status=503)
-    response.headers["X-SIE-Error-Code"] = "NOT_READY"
+    error = ErrorBody(code="NOT_READY", message="; ".join(reasons))
+    response = answer(NotReady(status="not_ready", reasons=reasons, error=error), status=503)
+    response.headers[ERROR_CODE] = "NOT_READY"
     response.headers["Retry-After"] = "1"
     return response
 

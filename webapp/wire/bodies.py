@@ -3,7 +3,7 @@
 import re
 from hashlib import sha256
 from math import isfinite
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from flask import g, request
@@ -20,6 +20,20 @@ _WHERE: Final = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$", re.DOTALL)
 _MISSING: Final = re.compile(r"missing required field `(\w+)`")
 
 
+def _says(meaning: str, **schema: Any) -> msgspec.Meta:
+    """What a field means, for the document of the API; and what is asked of it beyond its type, by who checks that."""
+    return msgspec.Meta(description=meaning, extra_json_schema=schema or None)
+
+
+Options = Annotated[
+    dict[str, Any],
+    _says(
+        "Settings of the model for this request: `profile`, `lora`, `is_query`, `dimensions`, and those of its family."
+    ),
+]
+Instruction = Annotated[str, _says("What the texts are for, for models that take an instruction.")]
+
+
 class ImageFile(msgspec.Struct, omit_defaults=True):
     """The bytes of an image file (in JSON standard base64), and what their sender takes them for."""
 
@@ -30,28 +44,31 @@ class ImageFile(msgspec.Struct, omit_defaults=True):
 class Item(msgspec.Struct):
     """One input of a request. What no model reads stays undecoded."""
 
-    id: str | None = None
+    id: Annotated[str, _says("Echoed in the result.")] | None = None
     text: str | None = None
-    images: list[ImageFile] | None = None
-    audio: msgspec.Raw = msgspec.Raw()
-    video: msgspec.Raw = msgspec.Raw()
-    document: msgspec.Raw = msgspec.Raw()
-    metadata: msgspec.Raw = msgspec.Raw()
+    images: Annotated[list[ImageFile], _says("One image, for models that take images.")] | None = None
+    audio: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    video: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    document: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    metadata: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+
+
+Items = Annotated[list[Item], _says("The inputs, in order.", minItems=1)]
 
 
 class EncodeParams(msgspec.Struct):
     """How to encode."""
 
-    output_types: list[str] | None = None
-    instruction: str | None = None
-    output_dtype: str | None = None
-    options: dict[str, Any] | None = None
+    output_types: Annotated[list[str], _says("Of `dense`, `sparse` and `multivector`; the model's own.")] | None = None
+    instruction: Instruction | None = None
+    output_dtype: Annotated[str, _says("The type of the numbers; `float32`.")] | None = None
+    options: Options | None = None
 
 
 class EncodeBody(msgspec.Struct):
     """The body of an encode request."""
 
-    items: list[Item]
+    items: Items
     params: EncodeParams | None = None
 
 
@@ -59,25 +76,27 @@ class ScoreBody(msgspec.Struct):
     """The body of a score request; how to score stands at its top, not under ``params``."""
 
     query: Item
-    items: list[Item]
-    instruction: str | None = None
-    options: dict[str, Any] | None = None
-    params: msgspec.Raw = msgspec.Raw()
+    items: Items
+    instruction: Instruction | None = None
+    options: Options | None = None
+    params: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
 
 
 class ExtractParams(msgspec.Struct):
     """What to extract."""
 
-    labels: list[str] | None = None
-    output_schema: dict[str, Any] | None = None
-    instruction: str | None = None
-    options: dict[str, Any] | None = None
+    labels: Annotated[list[str], _says("What to look for, for models that take any labels.")] | None = None
+    output_schema: Annotated[dict[str, Any], _says("What to look for, in the form of the model's family.")] | None = (
+        None
+    )
+    instruction: Instruction | None = None
+    options: Options | None = None
 
 
 class ExtractBody(msgspec.Struct):
     """The body of an extract request."""
 
-    items: list[Item]
+    items: Items
     params: ExtractParams | None = None
 
 

@@ -29,13 +29,17 @@ from common.errors import (
 from config_db.documents import MAX_DOCUMENT_BYTES, parse
 from config_db.idempotency import Answer
 from config_db.model_writes import Intent
+from config_db.publish import Published
 from tasks.codec import dump_json
 from webapp import problems
 from webapp.auth.principals import ANYBODY, principal
+from webapp.openapi.declared import answers_errors_as
 from webapp.wire.bodies import read_raw
+from webapp.wire.config_answers import ConfigProblem, EpochNamed
 from webapp.wire.headers import JSON, set_common
 
 YAML: Final = "application/x-yaml"
+MERGE_PATCH: Final = "application/merge-patch+json"
 _CODES: Final[Mapping[type[FarmError], str]] = {
     FarmError: "internal_error",
     RequestError: "invalid_request",
@@ -132,6 +136,11 @@ def _words(header: str, most: int) -> str:
     return text
 
 
+def epoch_named(published: Published) -> EpochNamed:
+    """The epoch after a write, as every answer to one names it."""
+    return {"epoch": published.epoch, "epoch_id": str(published.epoch_id), "changed": bool(published.changes)}
+
+
 def encoded(body: Mapping[str, Any], *, status: int = 200) -> Answer:
     """The answer to a write, as it is kept under an idempotency key; it names the epoch."""
     return Answer(status, dump_json(body))
@@ -165,6 +174,7 @@ def install(blueprint: Blueprint) -> None:
     blueprint.register_error_handler(FarmError, problem)
 
 
+@answers_errors_as(ConfigProblem)
 def problem(error: FarmError) -> Response:
     """Answer with an error in both forms; a document that is no model is well-formed, and so 422 here."""
     response = problems.problem(error)

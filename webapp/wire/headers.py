@@ -10,9 +10,13 @@ from common.errors import MediaTypeError, RequestError
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
+BINARY: Final = "application/octet-stream"
 _MSGPACK_TYPES: Final = ("application/msgpack", "application/x-msgpack")
 CONTRACT_VERSION: Final = "0.10.1"
 """The version of the public HTTP contract that we speak; its SDK compares it with its own."""
+SERVER_VERSION: Final = "X-SIE-Server-Version"
+REQUEST_ID: Final = "X-SIE-Request-ID"
+ERROR_CODE: Final = "X-SIE-Error-Code"
 _KEY: Final = re.compile(r"[!-~]{1,255}")
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
@@ -68,5 +72,5 @@ def set_common(response: Response) -> None:
     """What every answer carries."""
     if "is_replayed" in g:
         response.headers["Idempotency-Replayed"] = "true"
-    response.headers["X-SIE-Server-Version"] = CONTRACT_VERSION
-    response.headers["X-SIE-Request-ID"] = request_id()
+    response.headers[SERVER_VERSION] = CONTRACT_VERSION
+    response.headers[REQUEST_ID] = request_id()

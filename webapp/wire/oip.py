@@ -6,7 +6,7 @@ BYTES is, for each element, its length as four little-endian bytes and the eleme
 
 import struct
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -17,11 +17,11 @@ from common.errors import FarmError, RequestError
 from config_db.spec import ModelSpec
 from tasks import codec
 from webapp import problems
+from webapp.openapi.declared import answers_errors_as
 from webapp.wire.bodies import read_raw
-from webapp.wire.headers import JSON, set_common
+from webapp.wire.headers import BINARY, JSON, set_common
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
-BINARY: Final = "application/octet-stream"
 TEXT: Final = "text"
 VECTORS: Final = "embedding"
 VERSION: Final = "1"
@@ -67,6 +67,70 @@ class InferBody(msgspec.Struct):
     parameters: RequestParameters | None = None
 
 
+class OutputTensor(TypedDict):
+    """One tensor of an answer; its numbers follow the JSON if they are not in it."""
+
+    name: str
+    datatype: Literal["FP32"]
+    shape: list[int]
+    data: NotRequired[list[float]]
+    parameters: NotRequired[dict[str, int]]
+
+
+class InferAnswer(TypedDict):
+    """The JSON part of an answer to an inference request."""
+
+    model_name: str
+    model_version: str
+    outputs: list[OutputTensor]
+    id: NotRequired[str]
+
+
+class TensorMetadata(TypedDict):
+    """The form of a tensor; -1: any number."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(TypedDict):
+    """A model as clients of this protocol read it."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServerMetadata(TypedDict):
+    """What this server is."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ModelReady(TypedDict):
+    """Whether a model can be asked."""
+
+    name: str
+    ready: bool
+
+
+class Live(TypedDict):
+    """This process answers."""
+
+    live: Literal[True]
+
+
+class TextProblem(TypedDict):
+    """An error as clients of this protocol read it: one text."""
+
+    error: str
+
+
 def read(max_bytes: int) -> tuple[InferBody, list[str]]:
     """The current request, and the texts of its one tensor.
 
@@ -103,12 +167,12 @@ def wants_binary(body: InferBody) -> bool:
 def vectors(spec: ModelSpec, body: InferBody, result: bytes | memoryview | msgspec.Raw, *, binary: bool) -> Response:
     """The answer to an inference request."""
     rows = np.stack([codec.array_of(item["dense"]["values"]) for item in codec.unpack(bytes(result))]).astype("<f4")
-    output: dict[str, Any] = {"name": VECTORS, "datatype": "FP32", "shape": list(rows.shape)}
-    head: dict[str, Any] = {"model_name": spec.id, "model_version": VERSION, "outputs": [output]}
+    output = OutputTensor(name=VECTORS, datatype="FP32", shape=list(rows.shape))
+    head = InferAnswer(model_name=spec.id, model_version=VERSION, outputs=[output])
     if body.id is not None:
         head["id"] = body.id
     if not binary:
-        output["data"] = rows.ravel()
+        output["data"] = rows.ravel()  # type: ignore[typeddict-item]  # an array is written as a list
         response = Response(codec.dump_json(head), content_type=JSON)
     else:
         output["parameters"] = {"binary_data_size": rows.nbytes}
@@ -119,7 +183,7 @@ def vectors(spec: ModelSpec, body: InferBody, result: bytes | memoryview | msgsp
     return response
 
 
-def metadata(spec: ModelSpec) -> dict[str, Any]:
+def metadata(spec: ModelSpec) -> ModelMetadata:
     """A model as clients of this protocol read it."""
     return {
         "name": spec.id,
@@ -130,6 +194,7 @@ def metadata(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+@answers_errors_as(TextProblem)
 def problem(error: FarmError) -> Response:
     """An error as clients of this protocol read it: one text."""
     response = problems.problem(error)

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -22,6 +22,7 @@ from config_db.spec import ModelSpec
 from tasks import codec
 from tasks.messages import Outcome
 from webapp import problems
+from webapp.openapi.declared import answers_errors_as
 from webapp.wire import answers
 
 _CODES: Final[dict[type[FarmError], str]] = {
@@ -39,11 +40,15 @@ _TYPES: Final[dict[type[FarmError], str]] = {
 }
 
 
+_TEXT: Final = {"type": "string", "minLength": 1}
+_TEXTS: Final = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}
+
+
 class EmbeddingsBody(msgspec.Struct):
     """The body of an embeddings request. Fields that are not named here are ignored, as clients expect."""
 
     model: str
-    input: Any
+    input: Annotated[Any, msgspec.Meta(description="A text, or a list of texts.", extra_json_schema=_TEXTS)]
     encoding_format: str = "float"
     dimensions: int | None = None
 
@@ -65,6 +70,68 @@ class RerankBody(msgspec.Struct, forbid_unknown_fields=True):
     options: dict[str, Any] | None = None
 
 
+class OpenAiError(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAiProblem(TypedDict):
+    """An error as the public clients of these routes read it."""
+
+    error: OpenAiError
+
+
+class TokenUsage(TypedDict):
+    """Tokens, as the model has read them."""
+
+    prompt_tokens: int
+    total_tokens: int
+    sie_token_source: NotRequired[Literal["worker"]]
+
+
+class Embedding(TypedDict):
+    """One vector: numbers, or little-endian float32 in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(TypedDict):
+    """One vector for each text, in order."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: TokenUsage
+
+
+class RankedText(TypedDict):
+    """A document that was ranked."""
+
+    text: str
+
+
+class Ranked(TypedDict):
+    """One document's place in the request, and its score."""
+
+    index: int
+    relevance_score: float
+    document: NotRequired[RankedText]
+
+
+class Ranking(TypedDict):
+    """The documents, best first."""
+
+    model: str
+    results: list[Ranked]
+    usage: TokenUsage
+
+
 def texts_of(given: Any) -> list[str]:
     """The texts of an embeddings request: one, or a list of them; RequestError for anything else."""
     texts = [given] if isinstance(given, str) else given
@@ -83,30 +150,31 @@ def texts_of(given: Any) -> list[str]:
 def embeddings(spec: ModelSpec, outcome: Outcome, *, as_base64: bool) -> Response:
     """The answer to an embeddings request: little-endian float32 in base64, or numbers."""
     rows = [codec.array_of(item["dense"]["values"]) for item in codec.unpack(outcome.result)]
-    data = [
-        {"object": "embedding", "index": at, "embedding": _in_base64(row) if as_base64 else row}
+    data: list[Embedding] = [
+        {"object": "embedding", "index": at, "embedding": _in_base64(row) if as_base64 else row}  # type: ignore[typeddict-item]  # an array is written as a list
         for at, row in enumerate(rows)
     ]
     tokens = outcome.usage.get("input_tokens", 0)
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "sie_token_source": "worker"}
-    return answers.answer({"object": "list", "data": data, "model": spec.id, "usage": usage})
+    usage: TokenUsage = {"prompt_tokens": tokens, "total_tokens": tokens, "sie_token_source": "worker"}
+    return answers.answer(EmbeddingList(object="list", data=data, model=spec.id, usage=usage))
 
 
 def ranking(spec: ModelSpec, outcome: Outcome, body: RerankBody) -> Response:
     """The answer to a rerank request, best first."""
-    results = []
+    results: list[Ranked] = []
     for entry in codec.unpack(outcome.result)[: body.top_n]:
         index = int(entry["item_id"].rpartition("-")[2])
-        result: dict[str, Any] = {"index": index, "relevance_score": entry["score"]}
+        result = Ranked(index=index, relevance_score=entry["score"])
         if body.return_documents:
             document = body.documents[index]
             result["document"] = {"text": document if isinstance(document, str) else document.text}
         results.append(result)
     tokens = outcome.usage.get("input_tokens", 0)
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return answers.answer({"model": spec.id, "results": results, "usage": usage})
+    usage = TokenUsage(prompt_tokens=tokens, total_tokens=tokens)
+    return answers.answer(Ranking(model=spec.id, results=results, usage=usage))
 
 
+@answers_errors_as(OpenAiProblem)
 def problem(error: FarmError) -> Response:
     """An error as the public clients of these routes read it."""
     response = problems.problem(error)
