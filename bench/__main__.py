@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from argparse import ArgumentParser
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -52,12 +53,15 @@ FIGURES: dict[str, tuple[Figure, float | None, float | None]] = {
 def main(words: list[str]) -> int:
     """Measure the named figures, or all. SIGTERM ends it as Ctrl-C does: no farm is left behind."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    effort = Effort(rounds=2, seconds=2.0) if "--quick" in words else Effort(rounds=5, seconds=5.0)
-    wanted = [word for word in words if not word.startswith("--")] or list(FIGURES)
-    unknown = [name for name in wanted if name not in FIGURES]
+    parser = ArgumentParser("python -m bench", description=f"Figures: {', '.join(FIGURES)}.")
+    parser.add_argument("--quick", action="store_true", help="two rounds of two seconds, not five of five")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a figure; none: all of them")
+    asked = parser.parse_args(words)
+    unknown = [name for name in asked.names if name not in FIGURES]
     if unknown:
-        print(f"no figure {unknown[0]!r}; there are {', '.join(FIGURES)}")
-        return 2
+        parser.error(f"no figure {unknown[0]!r}; there are {', '.join(FIGURES)}")
+    effort = Effort(rounds=2, seconds=2.0) if asked.quick else Effort(rounds=5, seconds=5.0)
+    wanted = asked.names or list(FIGURES)
     console = Console(width=160)
     for name in wanted:
         function, reach, stretch = FIGURES[name]

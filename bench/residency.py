@@ -162,11 +162,11 @@ def _zipf(effort: Effort) -> tuple[Measured, Measured]:
     """Both figures of one run."""
     ratio, share = Measured(), Measured()
     count = ZIPF_MODELS if effort.rounds > 2 else ZIPF_QUICK_MODELS
-    memory = str(2 * int(count / ZIPF_SHARE * model_bytes(_precision()) * SPARE))
+    memory, enough = (str(2 * int(room * model_bytes(_precision()) * SPARE)) for room in (count / ZIPF_SHARE, count))
     with models(count) as folders:
         names, words = tuple(path.name for path in folders), _model_words(folders)
         with (
-            running("--no-demo", "--hosts", "2", *words, FARMHAND_DEVICE_MEMORY="64GiB") as roomy,
+            running("--no-demo", "--hosts", "2", *words, FARMHAND_DEVICE_MEMORY=enough) as roomy,
             running("--no-demo", "--hosts", "2", *words, FARMHAND_DEVICE_MEMORY=memory) as tight,
         ):
             for farm in (roomy, tight):
