@@ -41,7 +41,6 @@ log = get_logger("workers")
 CRASHES_ALONE_UNTIL_FAILED: Final = 2
 HOST_DEPTH: Final = 2
 """Micro-batches a host holds: one computing, one being tokenised."""
-RATES_REMEMBERED: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +118,11 @@ class Dispatcher:
         self._fetches = AdapterFetches(settler, self._schedule)
         self._slices: dict[int, _Slice] = {}
         self._running: dict[int, _Running] = {}
-        self._batch_s_per_token: dict[str, float] = {}
         self._next_work = 1
         self._next_batch = 1
         self._hub: Any = None
         self._kick_due = False
+        self._later: Any = None
         self._draining = False
 
     @property
@@ -140,7 +139,7 @@ class Dispatcher:
     def register(self, hub: Any) -> None:
         """Use this hub from now on."""
         self._hub = hub
-        self._kick_due = False
+        self._kick_due, self._later = False, None
         self._weigh_tenants()
         self._kick_soon()
 
@@ -260,7 +259,7 @@ class Dispatcher:
         if running is None:
             return
         spent_s = (timing.inference_ms + timing.tokenization_ms) / 1000
-        self._learn(running.pick.key, max(1, timing.tokens), spent_s)
+        self._scheduler.pace.learn(running.pick.key, max(1, timing.tokens), spent_s)
         fault("worker.batch_done")
         for part, result in zip(running.slices, results, strict=True):
             self._take_result(part, result, timing)
@@ -318,6 +317,7 @@ class Dispatcher:
         now = monotonic()
         views = self.hosts.hosts()
         depth = {view.id: view.outstanding for view in views}
+        alone, is_gathering = -(-len(views) // 2), False
         for level in range(HOST_DEPTH):
             free = [view for view in views if depth[view.id] <= level]
             for place, view in enumerate(free):
@@ -327,11 +327,20 @@ class Dispatcher:
                     loading=view.loading,
                     elsewhere={digest for other in views if other is not view for digest in other.resident},
                     hosts=len(free) - place,
+                    spread=alone - sum(1 for held in depth.values() if held),
                 )
+                is_gathering |= self._scheduler.is_gathering
                 if pick is not None:
                     depth[view.id] += 1
                     self._send(view.id, pick, now)
         self._expire(now)
+        if is_gathering and self._later is None and self._hub is not None:
+            self._later = self._hub.call_later(self._scheduler.policy.gather_s, self._kick_later)
+
+    def _kick_later(self) -> None:
+        """What waited for company goes ahead, with or without it."""
+        self._later = None
+        self._kick_soon()
 
     def _send(self, host: int, pick: Pick, now: float) -> None:
         slices = tuple(self._slices[work.id] for work in pick.works)
@@ -380,17 +389,8 @@ class Dispatcher:
 
     def _hang_s(self, pick: Pick) -> float:
         """The larger of 5 s and ten times the measured time; 60 s until measured."""
-        per_token = self._batch_s_per_token.get(pick.key)
-        if per_token is None:
-            return self._limits.hang_unmeasured_s
-        return max(self._limits.hang_floor_s, 10 * per_token * pick.tokens)
-
-    def _learn(self, key: str, tokens: int, seconds: float) -> None:
-        """Keep the slowest recent rate: it decays by a tenth a batch towards what is measured."""
-        measured = seconds / tokens
-        if len(self._batch_s_per_token) >= RATES_REMEMBERED:  # keys hold what callers chose: they must not pile up
-            self._batch_s_per_token.clear()
-        self._batch_s_per_token[key] = max(measured, 0.9 * self._batch_s_per_token.get(key, 0.0))
+        expected_s = self._scheduler.pace.seconds(pick.key, pick.tokens)
+        return self._limits.hang_unmeasured_s if expected_s is None else max(self._limits.hang_floor_s, 10 * expected_s)
 
     def _change_revisions(self, now: float) -> None:
         """Have new specs loaded beside those that serve; let go of what serves no more once nothing waits for it."""

@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Final
 
 from tasks.names import LANES, Lane
+from workers.pace import Pace
 
 _LOWER: Final = LANES[1:]
 _SPARE: Final = 1024
@@ -39,6 +40,9 @@ class Policy:
         foreground_load_s: a model that loads longer is loaded in the background while resident work waits.
         unmeasured_load_s: what a first load is taken to last.
         lower_every: of this many picks one starts at a lower lane, so that every lane moves.
+        gather_s: where hosts share the cores they compute on, a batch that lasts less waits as long for company while
+            one of its key runs, once half of the hosts compute: a pass costs a few milliseconds however few tokens it
+            has, and the other cores are wanted by the rest of the farm. 0: never.
         tenant_weights: shares of tenants that compete in a lane; 1 unless named.
     """
 
@@ -47,6 +51,7 @@ class Policy:
     foreground_load_s: float = 1.0
     unmeasured_load_s: float = 0.5
     lower_every: int = 8
+    gather_s: float = 0.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -110,11 +115,12 @@ class _Line:
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """The lines that share a micro-batch. ``waiting`` counts their works."""
+    """The lines that share a micro-batch. ``waiting`` counts their works, ``tokens`` those of the works."""
 
     name: str
     lines: dict[tuple[Lane, str], _Line] = field(default_factory=dict)
     waiting: int = 0
+    tokens: int = 0
 
 
 class _Tenants:
@@ -189,7 +195,9 @@ class Scheduler:
 
     def __init__(self, limits: BatchLimits, policy: Policy) -> None:
         self._limits = limits
-        self._policy = policy
+        self.policy = policy
+        self.pace = Pace()
+        self.is_gathering = False
         self._works: dict[int, tuple[Work, _Line | None]] = {}
         self._groups: dict[str, _Group] = {}
         self._lanes: dict[Lane, dict[str, dict[str, _Line]]] = {lane: {} for lane in LANES}
@@ -199,6 +207,7 @@ class Scheduler:
         self._tenants = _Tenants(policy.tenant_weights)
         self._models: dict[str, _Model] = {}
         self._loads_running = 0
+        self._running: Counter[str] = Counter()
         self._no_load_before = float("-inf")
         self._pick_turns = _Turns(policy.lower_every)
         self._hint_turns = _Turns(policy.lower_every)
@@ -227,6 +236,7 @@ class Scheduler:
         line = group.lines.get((work.lane, work.tenant)) or self._open(group, work)
         line.queue.append(work)
         group.waiting += 1
+        group.tokens += work.tokens
         self._keep(work, line)
 
     def add_together(self, works: Sequence[Work]) -> None:
@@ -244,6 +254,7 @@ class Scheduler:
         self._tenants.leave(work.tenant)
         if line is not None:
             line.group.waiting -= 1
+            line.group.tokens -= work.tokens
             if line.queue[0] is work:
                 self._advance(line)
         return work
@@ -299,7 +310,7 @@ class Scheduler:
 
     def note_load(self, now: float, spec: str, seconds: float) -> None:
         """A load took this long. If a picked batch waited for it, the next load waits until its share allows it."""
-        model, share = self._model(spec), self._policy.load_share
+        model, share = self._model(spec), self.policy.load_share
         model.load_s = seconds
         if model.loading:
             self._no_load_before = max(self._no_load_before, now + seconds * (1 - share) / share)
@@ -318,11 +329,14 @@ class Scheduler:
         model.running -= 1
         model.loading -= pick.loads
         self._loads_running -= pick.loads
+        self._running[pick.key] -= 1
+        if not self._running[pick.key]:
+            del self._running[pick.key]
 
     def _model(self, spec: str) -> _Model:
         model = self._models.get(spec)
         if model is None:
-            model = self._models[spec] = _Model(self._policy.unmeasured_load_s)
+            model = self._models[spec] = _Model(self.policy.unmeasured_load_s)
         return model
 
     # -- picking ------------------------------------------------------------------------------------------------
@@ -335,6 +349,7 @@ class Scheduler:
         loading: Container[str] = (),
         elsewhere: Container[str] = (),
         hosts: int = 1,
+        spread: int | None = None,
     ) -> Pick | None:
         """Form the next micro-batch for one free host; None if nothing should run there now.
 
@@ -344,15 +359,21 @@ class Scheduler:
             loading: specs it is loading in the background.
             elsewhere: specs resident on other hosts, which will soon be free; loaded here only when overdue.
             hosts: hosts that are free now: the batch takes its share of what waits, so that they run side by side.
+            spread: over how many more of them the small batches of one key may be spread; none left: such a batch
+                gathers company, and ``is_gathering`` tells. None: over any number.
         """
         self._expire(now)
+        self.is_gathering = False
         again = self._pick_together(resident)
         if again is not None:
             return again
-        head = self._head(now, resident, loading, elsewhere)
+        gather_at = now if spread is not None and spread <= 0 else None
+        head = self._head(now, resident, loading, elsewhere, gather_at)
         if head is None:
             return None
         self._pick_turns.taken(head.lane, self._lanes)
+        if spread is not None and self._is_small(head.group, hosts):
+            hosts = min(hosts, max(1, spread))
         return self._fill(head, resident, hosts)
 
     def next_absent(self, now: float, *, resident: Container[str]) -> str | None:
@@ -375,7 +396,12 @@ class Scheduler:
         return None
 
     def _head(
-        self, now: float, resident: Container[str], loading: Container[str], elsewhere: Container[str]
+        self,
+        now: float,
+        resident: Container[str],
+        loading: Container[str],
+        elsewhere: Container[str],
+        gather_at: float | None,
     ) -> _Line | None:
         """The line to serve next: of the first lane that has one ready, else an absent model's.
 
@@ -384,8 +410,8 @@ class Scheduler:
         may_load = self._loads_running == 0 and now >= self._no_load_before
         lanes = self._pick_turns.order()
         for lane in lanes:
-            overdue = self._overdue(lane, now, resident, loading, self._policy.foreground_load_s) if may_load else None
-            ready = [line for line in (overdue, self._resident(lane, resident)) if line is not None]
+            overdue = self._overdue(lane, now, resident, loading, self.policy.foreground_load_s) if may_load else None
+            ready = [line for line in (overdue, self._resident(lane, resident, gather_at)) if line is not None]
             if ready:
                 return min(ready, key=self._turn)
         absent = (self._absent(lane, resident, elsewhere) for lane in lanes)
@@ -393,12 +419,30 @@ class Scheduler:
 
     # Comprehensions over lines, not a candidate object each: of 1000 keys the next is found in 0.1 ms instead of 0.7.
 
-    def _resident(self, lane: Lane, resident: Container[str]) -> _Line | None:
-        """The next line of a lane whose model is resident."""
+    def _resident(self, lane: Lane, resident: Container[str], gather_at: float | None) -> _Line | None:
+        """The next line of a lane whose model is resident; with an instant, of those that gather no company then."""
         return _next(
-            [line for line in lines if line.spec in resident and line.model.has_slot]
+            [
+                line
+                for line in lines
+                if line.spec in resident
+                and line.model.has_slot
+                and not (gather_at is not None and self._gathers(line, gather_at))
+            ]
             for lines in self._tenants_of(lane)
         )
+
+    def _gathers(self, line: _Line, now: float) -> bool:
+        """Whether this line's batch is better served later, by more."""
+        group = line.group
+        gathers = group.name in self._running and now - line.arrived < self.policy.gather_s and self._is_small(group, 1)
+        self.is_gathering |= gathers
+        return gathers
+
+    def _is_small(self, group: _Group, hosts: int) -> bool:
+        """Whether a host's share of the group lasts so short that it had better be larger."""
+        lasts_s = self.pace.seconds(group.name, group.tokens // hosts)
+        return lasts_s is not None and lasts_s < self.policy.gather_s
 
     def _overdue(
         self,
@@ -409,7 +453,7 @@ class Scheduler:
         load_s: float = float("inf"),
     ) -> _Line | None:
         """The next line of a lane that waited beyond patience for an absent model which loads within ``load_s``."""
-        patience = self._policy.patience
+        patience = self.policy.patience
         return _next(
             [
                 line
@@ -481,6 +525,7 @@ class Scheduler:
         model.running += 1
         model.loading += loads
         self._loads_running += loads
+        self._running[key] += 1
         return Pick(tuple(works), key, spec, loads, tokens, items)
 
 
