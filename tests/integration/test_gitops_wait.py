@@ -1,7 +1,7 @@
 """``farmhand config apply --wait`` beside a real web process that lags."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -32,14 +32,23 @@ def client(redis_url: str) -> Iterator[FarmClient]:
 
 
 @pytest.fixture
-def web(redis_url: str, database_url: str, tmp_path: Path, client: FarmClient) -> Iterator[Web]:
-    """A real API that has told which epoch it serves."""
-    started = start_web(redis_url, tmp_path, (), DATABASE_URL=database_url)
-    try:
+def start(redis_url: str, database_url: str, tmp_path: Path, client: FarmClient) -> Iterator[Callable[[], Web]]:
+    """Starts a real API, and returns it when it has told which epoch it serves."""
+    started: list[Web] = []
+
+    def make() -> Web:
+        started.append(start_web(redis_url, tmp_path, (), DATABASE_URL=database_url))
         wait_until(client.web_processes, 20, "the web process to tell of itself")
-        yield started
-    finally:
-        stop_web(started)
+        return started[-1]
+
+    yield make
+    for one in started:
+        stop_web(one)
+
+
+@pytest.fixture
+def web(start: Callable[[], Web]) -> Web:
+    return start()
 
 
 @pytest.fixture
@@ -71,17 +80,16 @@ def test_it_returns_when_the_last_process_serves_the_epoch(
 
 @pytest.mark.parametrize("further", [0, 3], ids=["of a lower number", "written on past the old one"])
 def test_after_a_restored_backup_all_read_it_whole_and_converge(
-    redis_url: str, engine: Engine, catalogue: str, servers: dict[str, str], tmp_path: Path, further: int
+    live: LiveFarm, start: Callable[[], Web], engine: Engine, catalogue: str, servers: dict[str, str], further: int
 ) -> None:
     """The processes have never seen what the backup brings back, and hold what it never had."""
-    live = LiveFarm(redis_url, servers["FARMHAND_DATABASE_URL"], tmp_path)
-    live.add_models(fake_spec("fake/kept", dim=4), fake_spec("fake/changed", dim=5))
-    then = dict(live.specs)
+    live.replace_models(fake_spec("fake/kept", dim=4), fake_spec("fake/changed", dim=5))
+    then = [live.specs[name] for name in ("fake/kept", "fake/changed")]
     backup = Backup(engine)
     live.replace_models(fake_spec("fake/changed", dim=9), fake_spec("fake/lost", dim=6))
     live.add_models(fake_spec("fake/lost", dim=7))
     live.start_worker()
-    web = start_web(redis_url, tmp_path, (), DATABASE_URL=live.database_url, CONFIG_POLL_S="0.2")
+    web = start()
     live.wait_outcomes([live.send("x", model=name) for name in ("fake/changed", "fake/lost")])
     backup.restore()
     for number in range(further):
@@ -95,11 +103,9 @@ def test_after_a_restored_backup_all_read_it_whole_and_converge(
     assert (status["converged"], {one["epoch"] for one in status["processes"]}) == (True, {live.epoch})
     served = {one["name"] for one in web.http.get("/v1/models").json()["models"]}
     assert served == {"fake/kept", "fake/changed", "a/b"}
-    live.specs = then
-    outcomes = live.wait_outcomes([live.send("x", model=name) for name in then])
+    live.specs |= {spec.id: spec for spec in then}
+    outcomes = live.wait_outcomes([live.send("x", model=spec.id) for spec in then])
     assert [outcome.error for outcome in outcomes] == [None, None]
-    live.close()
-    stop_web(web)
 
 
 def test_without_processes_there_is_nobody_to_wait_for(catalogue: str, servers: dict[str, str]) -> None:
