@@ -23,6 +23,7 @@ FarmError                      INTERNAL_ERROR
 |  +- QueueUnavailableError    QUEUE_UNAVAILABLE      Redis does not answer
 |  +- ConfigUnavailableError   CONFIG_UNAVAILABLE     Postgres does not answer
 |  +- AuthUnavailableError     AUTH_UNAVAILABLE       the issuer of tokens does not answer
+|  +- ObjectStoreError         OBJECT_STORE_UNAVAILABLE  the object store does not answer, or refuses
 +- ModelLoadError              MODEL_LOAD_FAILED      the model cannot be loaded; ``details`` say why
 +- InferenceError              INFERENCE_ERROR        the model failed on this request
 +- WorkerLostError             WORKER_LOST            workers died with this request running
@@ -204,6 +205,12 @@ class AuthUnavailableError(CapacityError):
     """The issuer of tokens does not answer."""
 
     code = "AUTH_UNAVAILABLE"
+
+
+class ObjectStoreError(CapacityError):
+    """The object store, through which large bodies and results travel, does not answer or refuses."""
+
+    code = "OBJECT_STORE_UNAVAILABLE"
 
 
 class ModelLoadError(FarmError):

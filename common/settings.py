@@ -32,6 +32,12 @@ class CommonSettings(BaseSettings):
     pool: str = Field("default", pattern=r"^[a-z0-9][a-z0-9-]*$")
     machine_profile: str = Field("cpu", pattern=r"^[a-z0-9][a-z0-9-]*$")
     result_ttl_s: int = Field(3600, gt=0, description="how long asynchronous results are kept")
+    object_store: str = Field(
+        "",
+        pattern=r"^(s3://[^/\s]+(/\S*)?)?$",
+        description="for bodies and results over 8 MiB, as s3://name/prefix; empty: they stay in Redis",
+    )
+    object_store_endpoint: str = Field("", description="URL of an S3-compatible server; empty: as boto3 is configured")
     extra_families: str = Field("", description="further families, as name=module:Class, comma-separated")
     fault: str = Field("", description="tests only: name of the fault point at which this process kills itself")
 

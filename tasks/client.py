@@ -15,6 +15,7 @@ from tasks import following, once, submitting, web_processes
 from tasks.connections import Connections
 from tasks.live_workers import WorkerView, live_workers
 from tasks.messages import Outcome
+from tasks.objects import ObjectStore
 from tasks.once import Once, Submitted
 from tasks.records import DEFAULT_TENANT, TaskView
 from tasks.submitting import Call
@@ -32,10 +33,20 @@ class FarmClient:
         queue_limit: messages a queue may hold before QueueFullError.
         result_ttl_s: how long asynchronous results are kept.
         clock: the farm's clock; measured here, at first use and every 30 s.
+        objects: where large bodies and results travel; None: in Redis.
     """
 
-    def __init__(self, redis_url: str, *, queue_limit: int, result_ttl_s: int, clock: FarmClock | None = None) -> None:
+    def __init__(
+        self,
+        redis_url: str,
+        *,
+        queue_limit: int,
+        result_ttl_s: int,
+        clock: FarmClock | None = None,
+        objects: ObjectStore | None = None,
+    ) -> None:
         self.clock = clock or FarmClock()
+        self._objects = objects
         self._url = redis_url
         self._queue_limit = queue_limit
         self._result_ttl_s = result_ttl_s
@@ -141,6 +152,10 @@ class FarmClient:
         with self._lock:
             if self._connections is None or self._connections.pid != os.getpid():
                 self._connections = Connections(
-                    self._url, queue_limit=self._queue_limit, result_ttl_s=self._result_ttl_s, clock=self.clock
+                    self._url,
+                    queue_limit=self._queue_limit,
+                    result_ttl_s=self._result_ttl_s,
+                    clock=self.clock,
+                    objects=self._objects,
                 )
             return self._connections

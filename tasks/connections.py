@@ -19,6 +19,7 @@ from common.errors import QueueUnavailableError
 from common.logs import get_logger
 from tasks import scripts
 from tasks.callers import Callers
+from tasks.objects import ObjectStore
 from tasks.publisher import RETRY_AFTER_S, Publisher
 from tasks.redis_line import connection_options, is_out_of_memory
 from tasks.replies import ReplyListener
@@ -37,13 +38,17 @@ class Connections:
         queue_limit: messages a queue may hold.
         result_ttl_s: how long asynchronous results are kept.
         clock: the farm's clock; ``tend_clock`` measures it.
+        objects: where large bodies and results travel; None: in Redis.
     """
 
-    def __init__(self, url: str, *, queue_limit: int, result_ttl_s: int, clock: FarmClock) -> None:
+    def __init__(
+        self, url: str, *, queue_limit: int, result_ttl_s: int, clock: FarmClock, objects: ObjectStore | None
+    ) -> None:
         self.pid = os.getpid()
         self.process = uuid4().hex
         self.clock = clock
         self.result_ttl_s = result_ttl_s
+        self.objects = objects
         self.publisher = Publisher(url, queue_limit=queue_limit)
         self.replies = ReplyListener(url, process=self.process)
         self.results = ResultWatcher(url)

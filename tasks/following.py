@@ -9,6 +9,7 @@ from typing import Final
 from common.errors import CancelledError, TaskNotFoundError
 from tasks import messages, names
 from tasks.connections import Connections
+from tasks.large import whole
 from tasks.records import TaskView, view_of
 from tasks.settling import end_task, lost_outcome, overdue_error
 
@@ -50,7 +51,7 @@ def follow(connections: Connections, task_id: str, *, tenant: str, wait_s: float
     """
     view = look(connections, task_id, tenant=tenant)
     if view.outcome is not None or wait_s <= 0:
-        return view
+        return _whole(connections, view)
     until = monotonic() + wait_s
     with connections.results.watching(task_id) as watch:
         while (view := look(connections, task_id, tenant=tenant)).outcome is None:
@@ -58,7 +59,12 @@ def follow(connections: Connections, task_id: str, *, tenant: str, wait_s: float
             if left_s <= 0:
                 break
             watch.wait(min(left_s, max(0.1, view.deadline + OVERDUE_GRACE_S - connections.clock.now())))
-    return view
+    return _whole(connections, view)
+
+
+def _whole(connections: Connections, view: TaskView) -> TaskView:
+    """A task with its outcome itself, wherever that stands."""
+    return view if view.outcome is None else view.ended(whole(connections, view.outcome, is_kept=True))
 
 
 def cancel(connections: Connections, task_id: str, *, tenant: str) -> TaskView:
@@ -71,7 +77,7 @@ def cancel(connections: Connections, task_id: str, *, tenant: str) -> TaskView:
     if view.outcome is None:
         end_task(connections, view, CancelledError("the task was cancelled by its caller"))
         view = look(connections, task_id, tenant=tenant)
-    return view
+    return _whole(connections, view)
 
 
 def _unknown(task_id: str) -> TaskNotFoundError:

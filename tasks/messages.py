@@ -41,6 +41,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     instants on the farm clock, in seconds. ``tokens`` is an estimate. ``spec`` is the digest of the model's spec.
     ``admitted`` says that the task stands in ``farm:open`` and is settled through it. ``query_id`` is echoed.
     ``images`` counts items that are one. ``keep_s`` is how long the result is kept, zero as long as any.
+    ``body_key`` and ``body_object`` say where a body stands that does not travel in the message: in Redis, or in the
+    object store.
     """
 
     model: str
@@ -61,6 +63,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     query_id: str | None = None
     images: int = 0
     keep_s: int = 0
+    body_object: str | None = None
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -80,7 +83,8 @@ class Outcome(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The one answer of a request: ``result`` (a list in msgpack, arrays as in ``tasks.codec``) or ``error``.
 
     Times are milliseconds: ``queue_ms tokenization_ms inference_ms postprocessing_ms``; usage counts measured units.
-    ``ref`` names the key under which an outcome over 4 MiB stands instead. ``query_id``: of a scored query.
+    ``ref`` names the key under which an outcome over 4 MiB stands instead, ``object`` the same in the object store.
+    ``query_id``: of a scored query.
     """
 
     task_id: str
@@ -92,6 +96,7 @@ class Outcome(msgspec.Struct, kw_only=True, omit_defaults=True):
     usage: dict[str, int] = msgspec.field(default_factory=dict)
     ref: str | None = None
     query_id: str | None = None
+    object: str | None = None
 
     @property
     def state(self) -> str:
@@ -199,7 +204,8 @@ def decode_outcome(raw: bytes) -> Outcome:
 def encode_celery_meta(outcome: Outcome, operation: Operation, *, done_at: str) -> bytes:
     """The outcome as Celery's result backend keeps it (result_serializer msgpack), so that AsyncResult reads it.
 
-    ``done_at`` is ISO 8601. Our own readers take the extra key ``farm``, the whole outcome.
+    ``done_at`` is ISO 8601. Our own readers take the extra key ``farm``, the whole outcome. Of an outcome in the object
+    store, ``object`` says where: Celery's readers get no more than that.
     """
     meta: dict[str, Any] = {"task_id": outcome.task_id, "traceback": None, "children": [], "date_done": done_at}
     if outcome.error is None:
@@ -209,6 +215,8 @@ def encode_celery_meta(outcome: Outcome, operation: Operation, *, done_at: str) 
             "timing": outcome.timing,
             "usage": outcome.usage,
         }
+        if outcome.object is not None:
+            result = {"model": outcome.model, "object": outcome.object}
         return _encoder.encode({**meta, "status": "SUCCESS", "result": result, "farm": {"spec": outcome.spec}})
     error = error_from_dict(outcome.error)
     cancelled = outcome.state == "cancelled"
@@ -241,6 +249,7 @@ class _Farm(msgspec.Struct):
 class _CeleryResult(msgspec.Struct):
     model: str = ""
     query_id: str | None = None
+    object: str | None = None
     items: msgspec.Raw = _NOTHING
     scores: msgspec.Raw = _NOTHING
     timing: dict[str, float] = msgspec.field(default_factory=dict)
@@ -275,6 +284,7 @@ def decode_celery_meta(raw: bytes) -> Outcome:
             timing=done.timing,
             usage=done.usage,
             query_id=done.query_id,
+            object=done.object,
         )
     fallback = FarmError(f"the task ended as {meta.status}").as_dict()
     return Outcome(

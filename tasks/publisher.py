@@ -40,8 +40,9 @@ class Entry:
     ``on_failure`` or ``on_published`` is called in the publisher's thread, once. ``is_published`` is set when Redis has
     confirmed.
     ``timeout_s`` is what is left until the deadline.
-    ``record_s`` is how long the task's record is kept; None for a synchronous task, which has none. ``once`` is what
-    ``publish.lua`` is told of an idempotency key; ``taken`` is what it found there, and then nothing was published.
+    ``record_s`` is how long the task's record is kept; None for a synchronous task, which has none. ``body_object`` is
+    the body's name in the object store, if it stands there. ``once`` is what ``publish.lua`` is told of an idempotency
+    key; ``taken`` is what it found there, and then nothing was published.
     """
 
     task_id: str
@@ -56,6 +57,7 @@ class Entry:
     model: str = ""
     operation: str = ""
     tenant: str = ""
+    body_object: str | None = None
     once: str = ""
     taken: str = ""
     queued_at: float = field(default_factory=monotonic)

@@ -9,10 +9,11 @@ from time import monotonic
 from typing import Final
 from uuid import uuid4
 
-from common.errors import FarmError, QueueUnavailableError
+from common.errors import QueueFullError, QueueUnavailableError
 from tasks import messages, names
 from tasks.batching import batch_key
 from tasks.connections import Connections
+from tasks.large import drop_body, put_body, whole
 from tasks.messages import INLINE_BODY_BYTES, Outcome, Request, Ticket
 from tasks.names import Lane, Operation, queue_name
 from tasks.publisher import OPEN_GRACE_S, RETRY_AFTER_S, WAIT_S, Entry
@@ -69,7 +70,10 @@ def publish(
     entry.once = once
     entry.on_published = waiter.confirm
     connections.publisher.put(entry)
-    _await_publish(waiter, entry)
+    try:
+        _await_publish(waiter, entry)
+    finally:
+        _tidy(connections, entry, waiter)
     return entry
 
 
@@ -89,11 +93,14 @@ def run(connections: Connections, call: Call, has_left: Callable[[], bool] | Non
         connections.publisher.put(entry)
         if has_left is not None:
             connections.callers.watch(entry, waiter, has_left)
-        outcome = _await_reply(connections, entry, waiter, started_at + call.timeout_s + REPLY_GRACE_S)
+        try:
+            outcome = _await_reply(connections, entry, waiter, started_at + call.timeout_s + REPLY_GRACE_S)
+        finally:
+            _tidy(connections, entry, waiter)
     finally:
         connections.callers.forget(task_id)
         connections.replies.forget(task_id)
-    return _whole(connections, outcome)
+    return whole(connections, outcome)
 
 
 def _entry(
@@ -101,11 +108,13 @@ def _entry(
 ) -> Entry:
     body = messages.encode_body(call.model, call.request)
     is_large = len(body) > INLINE_BODY_BYTES
+    body_object = put_body(connections, body, wanted_s=call.timeout_s + 2 * OPEN_GRACE_S) if is_large else None
     ticket = _ticket(
         call,
         now=connections.clock.now(),
         asynchronous=asynchronous,
-        body_key=names.body_key(task_id) if is_large else None,
+        body_key=names.body_key(task_id) if is_large and body_object is None else None,
+        body_object=body_object,
         keep_s=keep_s,
     )
     queue = queue_name(call.pool, call.machine_profile, call.lane)
@@ -119,7 +128,8 @@ def _entry(
         raw=raw,
         deadline=ticket.deadline,
         on_failure=waiter.fail,
-        body=body if is_large else b"",
+        body=body if ticket.body_key is not None else b"",
+        body_object=body_object,
         timeout_s=call.timeout_s,
         record_s=int(call.timeout_s) + OPEN_GRACE_S + (keep_s or connections.result_ttl_s) if asynchronous else None,
         model=call.model,
@@ -128,7 +138,9 @@ def _entry(
     )
 
 
-def _ticket(call: Call, *, now: float, asynchronous: bool, body_key: str | None, keep_s: int) -> Ticket:
+def _ticket(
+    call: Call, *, now: float, asynchronous: bool, body_key: str | None, body_object: str | None, keep_s: int
+) -> Ticket:
     return Ticket(
         model=call.model,
         spec=call.spec,
@@ -147,7 +159,14 @@ def _ticket(call: Call, *, now: float, asynchronous: bool, body_key: str | None,
         query_id=call.query_id,
         images=call.images,
         keep_s=keep_s,
+        body_object=body_object,
     )
+
+
+def _tidy(connections: Connections, entry: Entry, waiter: Waiter) -> None:
+    """Delete a body in the object store that no worker will look for: its request was refused, or there before."""
+    if entry.body_object is not None and (entry.taken or isinstance(waiter.error, QueueFullError)):
+        drop_body(connections, entry.body_object)
 
 
 def _await_publish(waiter: Waiter, entry: Entry) -> None:
@@ -180,13 +199,3 @@ def _has_given_up(connections: Connections, task_id: str) -> bool:
         return end_overdue_request(connections, task_id)
     except QueueUnavailableError:
         return True  # nobody can answer while Redis is away, and the caller's time is up
-
-
-def _whole(connections: Connections, outcome: Outcome) -> Outcome:
-    """The outcome itself where only its key travelled."""
-    if outcome.ref is None:
-        return outcome
-    raw = connections.ask("GETDEL", outcome.ref)
-    if raw is None:
-        raise FarmError("the result has gone from Redis before it could be read")
-    return messages.decode_outcome(raw)

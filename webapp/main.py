@@ -8,6 +8,7 @@ from common.logs import configure_logs, get_logger
 from common.settings import WebSettings, load_settings
 from config_db.reader import SnapshotReader
 from tasks.client import FarmClient
+from tasks.objects import object_store
 from webapp.app import create_app
 from webapp.epoch_reports import EpochReports
 
@@ -28,6 +29,11 @@ def build() -> Flask:
     except SetupError as error:
         get_logger("webapp").error("web_cannot_start", reason=error.message)
         raise SystemExit(BOOT_FAILED) from error
-    client = FarmClient(settings.redis_url, queue_limit=settings.queue_limit, result_ttl_s=settings.result_ttl_s)
+    client = FarmClient(
+        settings.redis_url,
+        queue_limit=settings.queue_limit,
+        result_ttl_s=settings.result_ttl_s,
+        objects=object_store(settings.object_store, settings.object_store_endpoint),
+    )
     EpochReports(client, reader, machine_profile=settings.machine_profile).start()
     return create_app(settings, reader, client)

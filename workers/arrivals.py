@@ -4,6 +4,7 @@ States of a held request here: taken -> [parked until its ETA] -> [asked about: 
 -> [waiting for a config epoch] -> ready. In each it can be settled instead: cancelled, expired, or refused.
 
 What dies and what happens here:
+  the object store   the request fails with OBJECT_STORE_UNAVAILABLE
   Redis      a question about a cancelled id counts as answered no; a body's fetch is repeated; parked ones stay parked
   Postgres   an epoch not read in time: the request runs on the newest spec of its model that is known
   the hub    a reconnect drops its timers, so nothing here waits on one: ``tick`` looks at what is due
@@ -32,6 +33,7 @@ from config_db.spec import ModelSpec
 from tasks import names
 from tasks.messages import Ticket
 from tasks.transport import Popped
+from workers.aside import Aside
 from workers.foreign import adopt, stub_ticket
 from workers.intake import Held, Intake
 from workers.outcomes import dead_letter
@@ -69,6 +71,7 @@ class Arrivals:
         settler: answers what cannot be served.
         default_timeout_s: how long a plain producer's message may wait if it does not say.
         incarnation: the uuid this process lives under now.
+        aside: where bodies stand that are too large for Redis.
         ready: called with each request that can be scheduled.
     """
 
@@ -82,6 +85,7 @@ class Arrivals:
         settler: Settler,
         default_timeout_s: float,
         incarnation: Callable[[], str],
+        aside: Aside,
         ready: Callable[[Held, ModelSpec], None],
     ) -> None:
         self._intake = intake
@@ -91,6 +95,7 @@ class Arrivals:
         self._settler = settler
         self._default_timeout_s = default_timeout_s
         self._incarnation = incarnation
+        self._aside = aside
         self._hand_on = ready
         self._hub: Any = None
         self._cancelled_known = False
@@ -240,8 +245,8 @@ class Arrivals:
         self._link.call("ZMSCORE", names.CANCELLED, *(held.id for held in waiting), then=answered)
 
     def _fetch_or_ready(self, held: Held) -> None:
-        key = held.ticket.body_key
-        if key is None or held.body is not held.request.message.body:
+        key, name = held.ticket.body_key, held.ticket.body_object
+        if (key is None and name is None) or held.body is not held.request.message.body:
             self._ready(held)
             return
 
@@ -250,11 +255,16 @@ class Arrivals:
                 held.body = reply
                 self._ready(held)
             elif reply is None:
-                self._settler.fail(held, MessageError("the request's body is not in Redis any more"))
+                self._settler.fail(held, MessageError("the request's body is not there any more"))
+            elif isinstance(reply, FarmError):
+                self._settler.fail(held, reply)
             else:
                 self._settler.fail(held, MessageError(f"the request's body cannot be read: {reply}"))
 
-        self._link.call("GET", key, then=fetched, repeat=True)
+        if name is not None:
+            self._aside.get(name, fetched)
+        else:
+            self._link.call("GET", key, then=fetched, repeat=True)
 
     def _ready(self, held: Held, *, epoch_wait_until: float | None = None) -> None:
         """Hand the request on, unless this worker has yet to read the epoch that its spec is of."""

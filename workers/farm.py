@@ -20,9 +20,11 @@ from common.settings import WorkerSettings
 from config_db.reader import SnapshotReader
 from config_db.spec import ModelSpec
 from tasks import names
+from tasks.objects import object_store
 from tasks.transport import Drain, FarmChannel, Popped
 from workers import checks
 from workers.arrivals import Arrivals
+from workers.aside import Aside
 from workers.dispatch import Dispatcher, DispatchLimits
 from workers.heartbeat import Heartbeat
 from workers.hosts.config import host_config
@@ -78,8 +80,10 @@ class Farm:
         hosts = host_config(settings)
         self.heartbeat = Heartbeat(self.link, describe=self.describe, on_reborn=self._on_reborn)
         self.janitor = Janitor(self.link, result_ttl_s=settings.result_ttl_s)
+        self.aside = Aside(object_store(settings.object_store, settings.object_store_endpoint), self.clock)
         self.outcomes = OutcomeWriter(
             self.link,
+            self.aside,
             result_ttl_s=settings.result_ttl_s,
             kombu_keys=None if self.is_batch_popping else KOMBU_KEYS,
             on_settled=lambda *settled: self.settler.on_settled(*settled),
@@ -114,6 +118,7 @@ class Farm:
             settler=self.settler,
             default_timeout_s=FOREIGN_TIMEOUT_S,
             incarnation=lambda: self.heartbeat.incarnation,
+            aside=self.aside,
             ready=self.dispatcher.schedule,
         )
         self.drain = Drain(
@@ -206,6 +211,7 @@ class Farm:
 
     def stop(self) -> None:
         """End the hosts and the config reader."""
+        self.aside.stop()
         self.hosts.stop(1.0)
         self.reader.stop()
 
@@ -213,6 +219,7 @@ class Farm:
 
     def _fast_tick(self) -> None:
         self.link.tend()
+        self.aside.tick()
         self.arrivals.tick()
         self.dispatcher.tick()
         self.outcomes.flush()

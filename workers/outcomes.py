@@ -13,11 +13,13 @@ from typing import Any, Final
 
 import hiredis
 
-from common.errors import CapacityError
+from common.errors import CapacityError, FarmError
 from common.faults import fault
 from common.logs import get_logger
 from tasks import messages, names
 from tasks.messages import INLINE_OUTCOME_BYTES, Outcome
+from tasks.objects import IN_REDIS_BYTES
+from workers.aside import Aside
 from workers.intake import Held
 from workers.redis_link import RedisLink
 
@@ -46,6 +48,7 @@ class OutcomeWriter:
 
     Args:
         link: the incarnation's own connection.
+        aside: where outcomes go that are too large for Redis.
         result_ttl_s: how long an asynchronous result is kept.
         kombu_keys: unacknowledged hash and index of kombu's own transport on the fallback; None with ours.
         on_settled: called for each held request when Redis has confirmed, with whether this call answered it.
@@ -54,22 +57,25 @@ class OutcomeWriter:
     def __init__(
         self,
         link: RedisLink,
+        aside: Aside,
         *,
         result_ttl_s: int,
         kombu_keys: tuple[str, str] | None,
         on_settled: Callable[[Held, Outcome, bool], None],
     ) -> None:
         self._link = link
+        self._aside = aside
         self._result_ttl_s = result_ttl_s
         self._kombu_keys = kombu_keys
         self._on_settled = on_settled
         self._waiting: list[_Pending] = []
         self._unconfirmed = 0
+        self._set_aside = 0
 
     @property
     def unconfirmed(self) -> int:
-        """Outcomes buffered or sent that Redis has not confirmed."""
-        return len(self._waiting) + self._unconfirmed
+        """Outcomes set aside, buffered or sent that Redis has not confirmed."""
+        return len(self._waiting) + self._unconfirmed + self._set_aside
 
     def add(self, held: Held, outcome: Outcome, *, dead: str = "") -> None:
         """Buffer the one outcome of a request. ``dead`` is a dead letter to keep with it.
@@ -77,6 +83,9 @@ class OutcomeWriter:
         Everything that could fail by what is in it is made here, so that it fails alone.
         """
         kind, where = _destination(held, outcome)
+        if self._aside.is_there and kind != "none" and memoryview(outcome.result).nbytes > IN_REDIS_BYTES:
+            self._put_aside(held, outcome, kind)
+            return
         blob = self._blob(held, outcome, kind)
         # the incarnation is part of the name: another one that computes the same task stages a blob of its own
         staged = f"{names.result_key(held.id)}:{held.incarnation}" if len(blob) > INLINE_OUTCOME_BYTES else ""
@@ -93,6 +102,21 @@ class OutcomeWriter:
         written = fallback if staged else blob
         fields = _fields(held, outcome, kind=kind, where=where, blob=written, staged=staged, dead=dead)
         self._waiting.append(_Pending(held, outcome, staged, blob, fields, len(written)))
+
+    def _put_aside(self, held: Held, outcome: Outcome, kind: str) -> None:
+        """Put an outcome into the object store first; then only its name is written, or why it could not be kept."""
+
+        def told(answer: Any) -> None:
+            self._set_aside -= 1
+            if isinstance(answer, FarmError):
+                self.add(held, messages.failed(held.id, answer, model=outcome.model, spec=outcome.spec))
+            else:
+                place = Outcome(task_id=held.id, model=outcome.model, spec=outcome.spec, object=answer)
+                self.add(held, place)
+
+        self._set_aside += 1
+        kept_s = REPLY_TTL_S if kind == "reply" else held.ticket.keep_s or self._result_ttl_s
+        self._aside.put(messages.encode_outcome(outcome), kept_s, told)
 
     def flush(self) -> None:
         """Send what is buffered, at most 64 messages or 4 MiB a call."""
@@ -132,6 +156,8 @@ class OutcomeWriter:
             return
         fault("worker.after_outcome")
         for pending, answer in zip(chunk, reply, strict=True):
+            if pending.held.ticket.body_object is not None:
+                self._aside.delete(pending.held.ticket.body_object)
             self._on_settled(pending.held, pending.outcome, answer == 1)
 
     def _blob(self, held: Held, outcome: Outcome, kind: str) -> bytes:

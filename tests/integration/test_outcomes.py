@@ -8,10 +8,12 @@ import msgspec
 import pytest
 from kombu.asynchronous import Hub
 
+from common.clock import FarmClock
 from tasks import messages, names
 from tasks.messages import INLINE_OUTCOME_BYTES, Outcome, Ticket
 from tasks.names import Operation
 from tests.services import RedisServer, wait_until
+from workers.aside import Aside
 from workers.intake import Held, Intake, IntakeLimits
 from workers.outcomes import OutcomeWriter
 from workers.redis_link import RedisLink
@@ -36,7 +38,9 @@ class Worker:
         self.link = RedisLink(redis_url, on_connect=lambda: None, script_names=("outcome",))
         self.intake = Intake(IntakeLimits(100, 1000, 100_000))
         self.settled: list[tuple[str, bool]] = []
-        self.outcomes = OutcomeWriter(self.link, result_ttl_s=60, kombu_keys=None, on_settled=self.on_settled)
+        self.outcomes = OutcomeWriter(
+            self.link, Aside(None, FarmClock()), result_ttl_s=60, kombu_keys=None, on_settled=self.on_settled
+        )
         self.settler = Settler(self.intake, self.outcomes, forget=lambda _: None)
         self.link.register(self.hub)
         self.settler.register(self.hub)
