@@ -10,6 +10,7 @@ from webapp.auth import door
 from webapp.config_store import ConfigStore
 from webapp.farm import Farm, Snapshots
 from webapp.fleet import Fleet
+from webapp.security_headers import SecurityHeaders
 from webapp.views import (
     config_bundles,
     config_epochs,
@@ -59,4 +60,5 @@ def bare_app() -> Flask:
         app.register_blueprint(view.bp)
     app.register_blueprint(oip.probes)
     app.register_blueprint(docs.pages)
+    app.wsgi_app = SecurityHeaders(app.wsgi_app)  # type: ignore[method-assign]  # as Flask documents it
     return app

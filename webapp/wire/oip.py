@@ -144,7 +144,7 @@ def read(max_bytes: int) -> tuple[InferBody, list[str]]:
     length = len(raw) if said is None else int(said)
     try:
         body = msgspec.json.decode(raw[:length], type=InferBody)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:  # ValueError: what is no UTF-8
         raise RequestError(f"the request is not of the Open Inference Protocol: {error}") from error
     if len(body.inputs) != 1:
         raise RequestError("a request has one input: a tensor of texts", param="inputs")
