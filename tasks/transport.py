@@ -38,6 +38,7 @@ SCHEME: Final = "farm"
 """URLs of this transport are ``farm://host:port/db``: the same Redis, another way of reading from it."""
 BELL_WAIT_S: Final = 1
 """The longest sleep on a bell: also the bound for messages of producers that ring none."""
+CONTENT_TYPES: Final = frozenset(("application/x-msgpack", "application/json"))
 BELL_PREFIX: Final = names.bell("")
 
 
@@ -302,6 +303,8 @@ class FarmChannel(_KombuChannel):
             )
             if not isinstance(payload["headers"], dict):
                 raise TypeError("headers are not a map")  # noqa: TRY301
+            if payload.get("content-type") not in CONTENT_TYPES:
+                raise TypeError("the body is neither msgpack nor JSON")  # noqa: TRY301
             parsed = self.Message(payload, channel=self)
             parsed.popped = message
             callback = self.connection._callbacks.get(message.queue)  # noqa: SLF001 - kombu's own map of consumers

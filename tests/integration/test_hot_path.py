@@ -1,5 +1,7 @@
 """From a queued message to its one outcome, through a real Celery worker, on both transports."""
 
+import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,9 @@ HOSTILE = [
     b'{"body": "e30=", "headers": {"task": "farm.encode", "id": ["a"]}, "properties": {"body_encoding": "base64"}}',
     b"{" * 5000,
 ]
+EVIL = b"cos\nsystem\n(S'touch %s'\ntR."
+"""A pickle that runs a command when it is read."""
+FORBIDDEN_TYPES = ["application/x-python-serialize", "application/x-yaml", "application/data", "text/plain", None, 7]
 
 
 @pytest.mark.parametrize("transport", ["farm"])
@@ -283,15 +288,26 @@ def test_hostile_messages_go_to_the_dead_letters_and_hurt_nobody(
     worker = farm.start_worker()
     try:
         queue = queue_name(POOL, PROFILE, Lane.INTERACTIVE)
-        for raw in HOSTILE:
+        ran = tmp_path / "ran"
+        _, _, good = farm.message(["never sent"])
+        hostile = [*HOSTILE, *(of_another_kind(good, kind, EVIL % str(ran).encode()) for kind in FORBIDDEN_TYPES)]
+        for raw in hostile:
             farm.redis.lpush(queue, raw)
         tasks = farm.send_many(["a", "b", "c"])
         farm.wait_outcomes(tasks)
-        wait_until(lambda: farm.redis.llen(names.DEAD_LETTERS) == len(HOSTILE), 10, "the dead letters")
+        wait_until(lambda: farm.redis.llen(names.DEAD_LETTERS) == len(hostile), 10, "the dead letters")
         farm.assert_settled()
         assert worker.process.poll() is None
+        assert not ran.exists()
     finally:
         farm.close()
+
+
+def of_another_kind(raw: bytes, kind: Any, body: bytes) -> bytes:
+    """A message of a plain Celery producer, whose body is said to be of this kind."""
+    message = json.loads(raw)
+    del message["headers"]["farm"]
+    return json.dumps({**message, "content-type": kind, "body": base64.b64encode(body).decode()}).encode()
 
 
 def test_a_worker_that_joins_late_drains_what_waits(live: LiveFarm) -> None:
