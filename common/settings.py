@@ -54,6 +54,7 @@ class WebSettings(CommonSettings):
     max_body_bytes: ByteSize = Field(ByteSize(34 * 2**20), description="larger request bodies are refused with 413")
     max_item_text_bytes: ByteSize = Field(ByteSize(2 * 2**20), description="longer texts are refused with 400")
     max_items: int = Field(4096, gt=0, description="items one request may hold unless the model says less")
+    fetch_images: bool = Field(False, description="whether images may be named by public http(s) addresses")
     queue_limit: int = Field(50_000, gt=0, description="messages a queue may hold before 503 QUEUE_FULL")
     sync_timeout_s: float = Field(120.0, gt=0, description="deadline of a synchronous request by default")
     web_processes: int = Field(1, gt=0, description="gunicorn processes; one serves some thousand requests a second")

@@ -14,6 +14,7 @@ from webapp.image_admission import (
     MAX_IMAGES,
     ImageItem,
     estimate_image_tokens,
+    fetch_images,
     image_item,
     wrong_with_images,
 )
@@ -91,14 +92,22 @@ def check_operation(spec: ModelSpec, operation: str) -> None:
 def admit_encode(spec: ModelSpec, body: EncodeBody, settings: WebSettings) -> Admitted:
     """The request with the spec of the profile that it names."""
     spec = choose_profile(spec, body.params.options if body.params is not None else None, param="params.options")
-    request = encode_request(spec, body, max_items=settings.max_items, max_item_text_bytes=settings.max_item_text_bytes)
+    request = encode_request(
+        spec,
+        body,
+        max_items=settings.max_items,
+        max_item_text_bytes=settings.max_item_text_bytes,
+        fetches_images=settings.fetch_images,
+    )
     images = [item for item in request.items if isinstance(item, ImageItem)] if "image" in spec.inputs else []
     texts = [item for item in request.items if isinstance(item, TextItem)] if images else request.items
     tokens = estimate_tokens(texts) + sum(map(estimate_image_tokens, images))
     return Admitted(spec, request, tokens, len(images))
 
 
-def encode_request(spec: ModelSpec, body: EncodeBody, *, max_items: int, max_item_text_bytes: int) -> Request:
+def encode_request(
+    spec: ModelSpec, body: EncodeBody, *, max_items: int, max_item_text_bytes: int, fetches_images: bool = False
+) -> Request:
     """The request as it goes to the model's host.
 
     Raises:
@@ -108,6 +117,8 @@ def encode_request(spec: ModelSpec, body: EncodeBody, *, max_items: int, max_ite
     params = body.params or _NO_PARAMS
     options = read_options(params.options, param="params.options")
     check_dimensions(spec, options, param="params.options.dimensions")
+    if "image" in spec.inputs:
+        fetch_images(body.items, is_allowed=fetches_images)
     return Request(
         items=_encode_items(spec, body.items, max_items=max_items, max_text_bytes=max_item_text_bytes),
         output_types=_output_types(spec, params),

@@ -1,18 +1,24 @@
 """Images of a request, before anything is published: how many, how large, and of a format that is read.
 
-Only the first bytes are looked at, without an image library: whether a file can be decoded shows on the host.
+Only the first bytes are looked at, without an image library: whether a file can be decoded shows on the host. Images
+that are named by their address are fetched before, where that is allowed.
 """
 
+from time import monotonic
 from typing import Final
 
 import msgspec
 
+from common.errors import RequestError
+from webapp.fetching import TIMEOUT_S, Fetcher
 from webapp.wire.bodies import ImageFile, Item
 
 FORMATS: Final = ("jpeg", "png", "gif", "webp", "bmp", "tiff")
 MAX_IMAGE_BYTES: Final = 16 * 2**20
 MAX_IMAGES: Final = 256
 """Of one request."""
+MAX_FETCHED: Final = 16
+"""Addresses in one request."""
 _OTHER_NAMES: Final = {"jpg": "jpeg", "tif": "tiff"}
 _STARTS: Final = (
     (b"\xff\xd8\xff", "jpeg"),
@@ -57,6 +63,29 @@ def wrong_with_images(item: Item) -> tuple[str, str] | None:
         if sniff(image.data) is None:
             return f"the data is no image of a format that is read: give {', '.join(FORMATS)}", f"images[{at}].data"
     return None
+
+
+def fetch_images(items: list[Item], *, is_allowed: bool) -> None:
+    """Give the images that are named by their address their bytes.
+
+    Raises:
+        RequestError: this farm fetches none, or an address cannot be fetched; ``param`` names it.
+    """
+    named = [
+        (f"items[{at}].images[{place}].url", image, image.url)
+        for at, item in enumerate(items)
+        for place, image in enumerate(item.images or ())
+        if image.url is not None
+    ]
+    fetcher = Fetcher(deadline=monotonic() + TIMEOUT_S)
+    for param, image, url in named:
+        if not is_allowed:
+            raise RequestError("this farm fetches no images: send their bytes as data", param=param)
+        if len(named) > MAX_FETCHED:
+            raise RequestError(f"{len(named)} addresses are more than the {MAX_FETCHED} of one request", param=param)
+        if image.data:
+            raise RequestError("an image has data or an address, not both", param=param)
+        image.data = fetcher.fetch(url, max_bytes=MAX_IMAGE_BYTES, param=param)
 
 
 def sniff(data: bytes) -> str | None:

@@ -269,8 +269,8 @@ def test_another_tenants_model_is_not_there(closed_web: FlaskClient, route: str)
 @pytest.mark.parametrize(
     "address", ["http://169.254.169.254/latest", "https://example.org/a.png", "file:///etc/passwd"]
 )
-def test_an_address_is_never_fetched(web: FlaskClient, route: str, address: str) -> None:
-    """Images and documents are sent as they are: no route takes an address for one."""
+def test_an_address_is_not_fetched_unless_allowed(web: FlaskClient, route: str, address: str) -> None:
+    """Images are sent as bytes; of a document no route takes anything."""
     if route in ("embeddings", "rerank", "infer"):
         body: dict[str, Any] = {**ROUTES[route][1], "input": [{"url": address}], "documents": [{"url": address}]}
         body["inputs"] = [{**TENSOR, "data": [{"url": address}]}]

@@ -35,10 +35,14 @@ Instruction = Annotated[str, _says("What the texts are for, for models that take
 
 
 class ImageFile(msgspec.Struct, omit_defaults=True):
-    """The bytes of an image file (in JSON standard base64), and what their sender takes them for."""
+    """The bytes of an image file (in JSON standard base64), and what their sender takes them for.
 
-    data: bytes
+    Or, on farms that fetch images, ``url``: where it stands.
+    """
+
+    data: bytes = b""
     format: str | None = None
+    url: str | None = None
 
 
 class Item(msgspec.Struct):
