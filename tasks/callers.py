@@ -10,6 +10,8 @@ with the first caller, after any fork. A caller that has gone is found in one of
                       has only closed its sending side
   answered            left alone
 
+On the plain Redis transport starts are not noted, and what has started counts as held.
+
 What dies and what happens here:
   the web process     nobody is left to look: the requests of its callers are computed and dropped
   Redis               who has gone stays watched, and the next look cancels

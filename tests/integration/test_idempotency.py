@@ -1,5 +1,7 @@
 """Requests under an idempotency key, over real HTTP and a real Redis: computed once, answered as often as they come."""
 
+import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -111,6 +113,21 @@ def test_a_key_that_is_none_is_refused(web: Web, standin: StandIn, path: str, ke
     refused = web.http.post(path, json=body, headers={"Idempotency-Key": key.encode("latin-1")})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Idempotency-Key")
     assert standin.redis.llen(QUEUE) == 0
+
+
+def test_a_caller_that_leaves_finds_its_outcome_when_it_comes_back(web: Web, standin: StandIn) -> None:
+    """What it has asked without a key is cancelled meanwhile, so it was seen to leave."""
+    raw = json.dumps(ENCODE[1]).encode()
+    head = f"POST {ENCODE[0]} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n"
+    taken = []
+    for more in ("Idempotency-Key: order-17\r\n", ""):
+        with socket.create_connection(("127.0.0.1", web.port)) as connection:
+            connection.sendall(f"{head}{more}\r\n".encode() + raw)
+            taken.append(standin.take())
+    wait_until(lambda: standin.redis.zscore(names.OPEN, taken[1].task_id) is None, 10, "who left to be seen")
+    assert standin.answer(*taken) == [1, 0]
+    again = web.http.post(ENCODE[0], content=raw, headers={**KEY, "Content-Type": "application/json"})
+    assert answers(again)[:2] == (200, "true")
 
 
 def test_a_task_under_a_key_is_one_task_and_its_waiting_request_the_same(web: Web, standin: StandIn) -> None:

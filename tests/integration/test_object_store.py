@@ -18,9 +18,10 @@ from tasks import codec, names
 from tasks.client import FarmClient
 from tasks.objects import HOUR_S, IN_REDIS_BYTES, ObjectStore
 from tests.fakes.family import fake_vector
-from tests.integration.test_client import call_for
+from tests.integration.test_client import call_for, vectors
 from tests.live import FAKE, LiveFarm, fake_spec
 from tests.services import PostgresServer, RedisServer, wait_until
+from tests.standin import StandIn, vector_of
 from tests.web import Web, start_web, stop_web
 from tests.weights import KEYS, BucketServer, serving_buckets
 from workers.aside import Aside
@@ -152,6 +153,16 @@ def test_a_refused_request_leaves_no_body(own_redis: RedisServer, bucket: Bucket
         with pytest.raises(QueueFullError):
             publish(large)
     assert not bucket.objects()
+    client.close()
+
+
+def test_without_a_store_redis_takes_what_is_large(own_redis: RedisServer) -> None:
+    client, standin = FarmClient(own_redis.url, queue_limit=10, result_ttl_s=60), StandIn(own_redis.url).start()
+    text = "x" * (IN_REDIS_BYTES + 1)
+    assert vectors(client.run(call_for(text))) == [vector_of(text)]
+    assert not standin.redis.keys("farm:body:*")
+    standin.stop()
+    standin.redis.close()
     client.close()
 
 
