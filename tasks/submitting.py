@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Final
 from uuid import uuid4
 
-from common.errors import QueueFullError, QueueUnavailableError
+from common.errors import QueueUnavailableError
 from tasks import messages, names
 from tasks.batching import batch_key
 from tasks.connections import Connections
@@ -164,8 +164,9 @@ def _ticket(
 
 
 def _tidy(connections: Connections, entry: Entry, waiter: Waiter) -> None:
-    """Delete a body in the object store that no worker will look for: its request was refused, or there before."""
-    if entry.body_object is not None and (entry.taken or isinstance(waiter.error, QueueFullError)):
+    """Delete a body in the object store that nobody will look for; one that may have been published is swept later."""
+    is_refused = waiter.error is not None and not isinstance(waiter.error, QueueUnavailableError)
+    if entry.body_object is not None and (entry.taken or is_refused):
         drop_body(connections, entry.body_object)
 
 
