@@ -21,12 +21,11 @@ from common.errors import DeadlineExceededError, HostLostError, MessageError, Mo
 from common.faults import fault
 from common.logs import get_logger
 from config_db.spec import ModelSpec
-from tasks import messages, names
+from tasks import names
 from tasks.batching import shared_key
-from tasks.messages import Outcome
-from tasks.names import Operation
 from workers.adapters import AdapterFetches
 from workers.arrivals import Specs
+from workers.gathering import Gatherer, Slice
 from workers.hosts.pool import HostPool
 from workers.hosts.protocol import BatchTiming, HostBatch, PartResult
 from workers.intake import Held, Intake
@@ -34,7 +33,7 @@ from workers.redis_link import RedisLink
 from workers.revisions import Revisions
 from workers.scheduler import Pick, Scheduler, Work
 from workers.settling import Settler
-from workers.slices import cut_body, error_in_request
+from workers.slices import cut_body
 
 log = get_logger("workers")
 
@@ -53,23 +52,10 @@ class DispatchLimits:
     hang_unmeasured_s: float
 
 
-@dataclass(slots=True)
-class _Slice:
-    """One part of a held request, run in one micro-batch.
-
-    ``place`` is its position among the request's parts, ``first`` that of its first item among the request's items.
-    """
-
-    held: Held
-    place: int
-    body: bytes
-    first: int
-
-
 @dataclass(frozen=True, slots=True)
 class _Running:
     pick: Pick
-    slices: tuple[_Slice, ...]
+    slices: tuple[Slice, ...]
 
 
 class Dispatcher:
@@ -104,7 +90,6 @@ class Dispatcher:
         on_residency: Callable[[], None],
         runs_here: Callable[[ModelSpec], bool],
     ) -> None:
-        self._intake = intake
         self._scheduler = scheduler
         self._link = link
         self._specs = specs
@@ -116,7 +101,8 @@ class Dispatcher:
         self._runs_here = runs_here
         self._revisions = Revisions()
         self._fetches = AdapterFetches(settler, self._schedule)
-        self._slices: dict[int, _Slice] = {}
+        self._gatherer = Gatherer(intake, settler)
+        self._slices: dict[int, Slice] = {}
         self._running: dict[int, _Running] = {}
         self._next_work = 1
         self._next_batch = 1
@@ -230,7 +216,7 @@ class Dispatcher:
                 alone=held.lost > 0,
             )
             self._next_work += 1
-            self._slices[work.id] = _Slice(held, place, part.body, first)
+            self._slices[work.id] = Slice(held, place, part.body, first)
             first += part.items
             held.works.append(work.id)
             self._scheduler.add(work)
@@ -262,7 +248,8 @@ class Dispatcher:
         self._scheduler.pace.learn(running.pick.key, max(1, timing.tokens), spent_s)
         fault("worker.batch_done")
         for part, result in zip(running.slices, results, strict=True):
-            self._take_result(part, result, timing)
+            self._slices.pop(part.held.works[part.place], None)
+            self._gatherer.take(part, result, timing)
         self._settler.flush()
 
     def on_host_lost(self, host: int, suspects: list[int], innocent: list[int], reason: str) -> None:
@@ -413,38 +400,7 @@ class Dispatcher:
                 if spec is not None:
                     self.hosts.load(view.id, spec)
 
-    # -- results ------------------------------------------------------------------------------------------------
-
-    def _take_result(self, part: _Slice, result: PartResult, timing: BatchTiming) -> None:
-        held = part.held
-        self._slices.pop(held.works[part.place], None)
-        if held.is_settling or held.tag not in self._intake:
-            return
-        for name in ("tokenization_ms", "inference_ms", "postprocessing_ms"):
-            held.timing[name] = max(held.timing.get(name, 0.0), getattr(timing, name))
-        held.tokens_used += result.tokens
-        if result.error is not None:
-            error = error_in_request(result.error, first=part.first)
-            failed = Outcome(task_id=held.id, model=held.ticket.model, spec=held.served, error=error)
-            self._settler.settle(held, failed)
-            return
-        held.results[part.place] = result.result
-        held.slices_left -= 1
-        if held.slices_left == 0:
-            self._succeed(held)
-
-    def _succeed(self, held: Held) -> None:
-        parts = [part for part in held.results if part is not None]
-        outcome = Outcome(
-            task_id=held.id,
-            model=held.ticket.model,
-            spec=held.served,
-            result=messages.join_results(parts, held.ticket.operation),
-            timing={name: round(value, 3) for name, value in held.timing.items()},
-            usage=_usage(held),
-            query_id=held.ticket.query_id,
-        )
-        self._settler.settle(held, outcome)
+    # -- what is late, and what kills ---------------------------------------------------------------------------
 
     def _expire(self, now: float) -> None:
         for work in self._scheduler.take_expired(now):
@@ -468,10 +424,3 @@ class Dispatcher:
             else:
                 error = HostLostError(f"the model process died while running this request alone ({reason})")
                 self._settler.fail(held, error)
-
-
-def _usage(held: Held) -> dict[str, int]:
-    """The measured units of a request that succeeded."""
-    images = {"images": held.ticket.images} if held.ticket.images else {}
-    pairs = {"pairs": held.ticket.items} if held.ticket.operation is Operation.SCORE else {}
-    return {"input_tokens": held.tokens_used, **images, **pairs}
