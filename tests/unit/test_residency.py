@@ -56,6 +56,22 @@ def test_the_least_recently_leased_leaves_first_and_no_more_than_needed() -> Non
     assert room.left == [("b", "room")]
 
 
+def test_what_only_makes_a_model_quicker_is_booked_before_it_is_made_and_displaces_nobody() -> None:
+    room = Room(30)
+    model = room.load("a", 10)
+    with room.residency.reserved("b", 15):  # a load under way was promised these bytes
+        assert not room.residency.take_spare("a", model, 10)
+        assert room.residency.take_spare("a", model, 5)
+    assert not room.residency.take_spare("a", Weight(10), 1)
+    assert not room.residency.take_spare("gone", model, 1)
+    room.load("b", 15)
+    assert not room.residency.take_spare("a", model, 1)
+    assert room.residency.resident() == {"a": 15, "b": 15}
+    assert not room.left
+    room.residency.grow("a", model, -5)
+    assert room.residency.used_bytes == 25
+
+
 def test_a_leased_or_pinned_model_never_leaves_for_room() -> None:
     room = Room(20)
     room.load("pinned", 10, pinned=True)

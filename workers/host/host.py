@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from queue import SimpleQueue
-from threading import Condition, Lock, Thread
+from threading import Condition, Thread
 from time import monotonic
 from types import MappingProxyType
 from typing import Any, Final, NoReturn
 
-from common.errors import FarmError, ResidencyFullError
+from common.errors import FarmError
 from common.logs import get_logger
 from config_db.spec import ModelSpec
 from tasks.keep_alive import keep_alive_s
@@ -46,6 +46,7 @@ from workers.host.frames import (
 )
 from workers.host.jobs import Job, Progress, adapter_of, adapters_of, decoded, groups, sources_of
 from workers.host.loader import Loader, terms
+from workers.host.outbox import Outbox
 from workers.host.residency import Eviction, Residency
 from workers.host.stages import EXIT_DEVICE_LOST, Board, Slot, Stage
 
@@ -325,14 +326,12 @@ class Host:
         if model is None:
             return
         try:
-            if isinstance(model, Packable) and 0 < model.packed_bytes <= self._residency.spare_bytes:
-                size = model.packed_bytes
+            size = model.packed_bytes if isinstance(model, Packable) else 0
+            if isinstance(model, Packable) and size and self._residency.take_spare(digest, model, size):
                 is_packed = model.pack()
-                if is_packed:
-                    self._residency.grow(digest, model, size)
+                if not is_packed:
+                    self._residency.grow(digest, model, -size)
                 log.info("model_settled_in", spec=digest, packed=is_packed, bytes=size)
-        except ResidencyFullError:  # somebody else has taken the room meanwhile: it is over the budget until one leaves
-            log.warning("packed_over_budget", spec=digest)
         finally:
             self._residency.release(digest)
 
@@ -418,46 +417,3 @@ def _warm_up_request(spec: ModelSpec) -> Request:
 def _unnoted(_: Stage) -> AbstractContextManager[None]:
     """Nobody waits for a warm-up."""
     return nullcontext()
-
-
-class Outbox:
-    """Sends frames from any thread, in order; what the socket does not take at once is left to a thread of its own.
-
-    So the compute thread goes on with the next micro-batch while the worker is busy elsewhere.
-    """
-
-    def __init__(self, link: socket.socket) -> None:
-        self._link = link
-        self._lock = Lock()
-        self._left: SimpleQueue[memoryview] = SimpleQueue()
-        self._queued = 0
-        self._has_sender = False
-
-    def send(self, message: frames.FromHost) -> None:
-        """Send now what can be sent; ConnectionError when the worker has gone."""
-        data = memoryview(frames.frame(message))
-        with self._lock:
-            if not self._queued:
-                data = data[self._send_some(data) :]
-            if not len(data):
-                return
-            self._queued += 1
-            self._left.put(data)
-            if not self._has_sender:
-                self._has_sender = True
-                Thread(target=self._send_left, name="sender", daemon=True).start()
-
-    def _send_some(self, data: memoryview) -> int:
-        try:
-            return self._link.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return 0
-
-    def _send_left(self) -> None:
-        try:
-            while True:
-                self._link.sendall(self._left.get(), socket.MSG_NOSIGNAL)
-                with self._lock:
-                    self._queued -= 1
-        except OSError:
-            os._exit(0)

@@ -158,11 +158,6 @@ class Residency(Generic[M]):
         with self._changed:
             return self._used()
 
-    @property
-    def spare_bytes(self) -> int:
-        """What is left of the budget."""
-        return self.budget_bytes - self.used_bytes
-
     def resident(self) -> dict[str, int]:
         """Bytes of each resident model, least recently used first."""
         with self._changed:
@@ -262,6 +257,19 @@ class Residency(Generic[M]):
             if one is not None and one.model is model:
                 one.bytes += more_bytes
                 self._changed.notify_all()
+
+    def take_spare(self, key: str, model: M, more_bytes: int) -> bool:
+        """Book more bytes for a resident model before they are used, if the budget has them to spare.
+
+        Nobody leaves for them, and none is promised to a load under way; false, and nothing booked, if there are not
+        so many, or the model has left.
+        """
+        with self._changed:
+            one = self._residents.get(key)
+            if one is None or one.model is not model or self._used() + more_bytes > self.budget_bytes:
+                return False
+            one.bytes += more_bytes
+            return True
 
     def place(self, key: str, terms: Terms) -> None:
         """Let a resident model stay on other terms from now on."""
