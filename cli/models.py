@@ -10,7 +10,7 @@ from cli.config import DataDir
 from cli.screen import Screen
 from cli.weights import Transfer, ask
 from common.errors import SetupError
-from config_db.spec import Source
+from config_db.spec import plain
 
 app = typer.Typer(help="What is served, and its weights on this machine.", invoke_without_command=True)
 
@@ -41,7 +41,7 @@ def prefetch(
     data_dir: DataDir = local_farm.DATA_DIR,
 ) -> None:
     """Fetch weights to this machine, and to the bucket, before anybody asks for them."""
-    asked = [{"name": name, "source": _source(name, data_dir)} for name in models]
+    asked = [{"name": name, **_asked(name, data_dir)} for name in models]
     screen, has_failed = Screen(), False
     with Transfer() as transfer:
         for told in ask("prefetch", asked):
@@ -93,17 +93,17 @@ def prune(
         raise typer.Exit(1)
 
 
-def _source(name: str, data_dir: Any) -> dict[str, str]:
-    """Where a model's weights are, as its name says or the config DB."""
+def _asked(name: str, data_dir: Any) -> dict[str, Any]:
+    """Where a model's weights are, as its name says or the config DB, which also says in which formats they may be."""
     if name.startswith("s3://"):
-        return {"bucket": name}
+        return {"source": {"bucket": name}}
     if name.startswith("hub:"):
         repository, _, revision = name.removeprefix("hub:").partition("@")
-        return {"hub": repository, **({"revision": revision} if revision else {})}
+        return {"source": {"hub": repository, **({"revision": revision} if revision else {})}}
     from cli import catalogue
 
-    source: Source = catalogue.find(local_farm.database_url(data_dir), name).source
-    return {field: value for field in source.__struct_fields__ if (value := getattr(source, field)) is not None}
+    spec = catalogue.find(local_farm.database_url(data_dir), name)
+    return {"source": plain(spec.source), "formats": spec.trust.formats}
 
 
 def _state(told: dict[str, Any]) -> str:

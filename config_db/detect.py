@@ -4,6 +4,7 @@ Knows nothing of where the files lie: ``model_folders`` asks for directories, ``
 would run rightly is refused with what was seen: better no model than wrong answers.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Final, Protocol
 
@@ -11,11 +12,14 @@ import msgspec
 
 from common.errors import ModelUnsupportedError
 from config_db.documents import read_model
+from config_db.encoders import encoders_named
 from config_db.families import FAMILIES
 from config_db.spec import ModelSpec
 
 DENSE_MODULES: Final = frozenset({"Transformer", "Pooling", "Dense", "Normalize"})
 """Modules of sentence-transformers that the dense family runs."""
+READS_PICKLE: Final = frozenset({"bge-m3", "gliner"})
+"""Families that read weights in torch's own format, as numbers only, where a model's spec trusts it."""
 _KINDS: Final[Mapping[str, str]] = {
     "SparseEncoder": "sparse",
     "MultiVectorEncoder": "multivector",
@@ -31,6 +35,7 @@ _TYPES: Final[Mapping[str, str]] = {
     "siglip2": "siglip",
 }
 """Families by ``model_type`` of config.json."""
+_REPOSITORY: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*(/[a-zA-Z0-9][a-zA-Z0-9._-]*)?")
 _UNBOUNDED: Final = 1_000_000
 """Tokenizers that know no limit name a huge one."""
 
@@ -53,7 +58,16 @@ class Module(msgspec.Struct, frozen=True):
     folder: str
 
 
-def describe(files: Files, *, model_id: str, source: Mapping[str, str]) -> ModelSpec:
+def named_encoders(files: Files) -> list[str]:
+    """Repositories of the Hub that hold config or tokenizer of an encoder in these files."""
+    config = _mapping(files, "gliner_config.json")
+    names = {str(config[field]) for field in encoders_named(config, files.names())}
+    if wrong := next((name for name in names if not _REPOSITORY.fullmatch(name)), None):
+        raise ModelUnsupportedError(f"its gliner_config.json leaves its encoder to {wrong[:200]!r}, no Hub repository")
+    return sorted(names)
+
+
+def describe(files: Files, *, model_id: str, source: Mapping[str, Any]) -> ModelSpec:
     """The spec of the model that these files are; what they leave open stays open.
 
     Raises:
@@ -72,7 +86,7 @@ def describe(files: Files, *, model_id: str, source: Mapping[str, str]) -> Model
             raise ModelUnsupportedError(f"it is no model: it has no {where}")
         family = _family(files, modules, config)
     if not any(_is_weights(name, encoder) for name in names):
-        raise ModelUnsupportedError("it holds no safetensors weights; other formats can run code and are not loaded")
+        raise ModelUnsupportedError(_no_weights(family, names))
     known = FAMILIES[family]
     return read_model(
         {
@@ -86,6 +100,14 @@ def describe(files: Files, *, model_id: str, source: Mapping[str, str]) -> Model
             "max_length": _longest(family, files, encoder, config),
         }
     )
+
+
+def _no_weights(family: str, names: Collection[str]) -> str:
+    """Why files without safetensors are refused, and what to do where the family reads other formats, too."""
+    why = "it holds no safetensors weights; other formats can run code and are not loaded"
+    if family not in READS_PICKLE or not any(name.endswith((".bin", ".pt")) for name in names):
+        return why
+    return f"{why} unless somebody writes the model down with `trust.formats: [safetensors, pickle]`"
 
 
 def _modules(files: Files) -> list[Module]:

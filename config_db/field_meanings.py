@@ -42,6 +42,11 @@ MEANINGS: Final[Mapping[str, Mapping[str, str]]] = {
         "revision": "A commit, tag or branch of the repository; a commit stays what it is.",
         "bucket": "An object-store prefix, as s3://bucket/prefix.",
         "path": "A directory on the workers, below one of their FARMHAND_MODEL_DIRS.",
+        "encoders": "Repositories of the Hub that its files leave config and tokenizer of an encoder to.",
+    },
+    "EncoderSource": {
+        "hub": "A repository of the Hugging Face Hub, by the name that the model's files give it.",
+        "revision": "A commit, tag or branch of the repository; a commit stays what it is.",
     },
     "Limits": {
         "max_concurrency": "Micro-batches at once in one worker.",

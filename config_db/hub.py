@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from common.errors import CapacityError, FarmError, ModelLoadError, ModelNotFoundError, ModelUnsupportedError
-from config_db.detect import describe
+from config_db.detect import describe, named_encoders
 from config_db.spec import ModelSpec
 
 MAX_FILE_BYTES: Final = 4 << 20
@@ -48,7 +48,18 @@ class Hub:
                     param="model",
                     details={"nearest": [files.id]},
                 )
-            return describe(files, model_id=model_id, source={"hub": model_id, "revision": files.commit})
+            encoders = [{"hub": name, "revision": self._commit_of(name)} for name in named_encoders(files)]
+            source = {"hub": model_id, "revision": files.commit, **({"encoders": encoders} if encoders else {})}
+            return describe(files, model_id=model_id, source=source)
+
+    def _commit_of(self, encoder: str) -> str:
+        """The commit that an encoder's main branch has now."""
+        try:
+            with _translated(encoder):
+                return _Repository(encoder, self._endpoint).commit
+        except (ModelNotFoundError, ModelLoadError) as error:
+            message = f"its files leave its encoder to {encoder!r}, which the Hub does not show to this farm"
+            raise ModelUnsupportedError(message) from error
 
 
 class _Repository:

@@ -25,6 +25,7 @@ MODEL_ID: Final = r"^[a-zA-Z0-9][a-zA-Z0-9._/-]*" + END
 MAX_ID: Final = 200
 MAX_PARTS: Final = 100
 """A model has at most so many profiles, adapters and aliases: each profile is a model of its own to whoever reads."""
+MAX_ENCODERS: Final = 4
 ModelId = Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=MAX_ID)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*" + END, max_length=64)]
 MachineProfile = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]*" + END, max_length=64)]
@@ -60,13 +61,30 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """What all parts of a spec have in common."""
 
 
+class EncoderSource(_Part, frozen=True, kw_only=True):
+    """A Hub repository at a revision that a model's files refer to: its config and tokenizer are used, no weights."""
+
+    hub: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=MAX_ID)]
+    revision: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=100)]
+
+    def __post_init__(self) -> None:
+        """FieldError for names that lead elsewhere."""
+        for field, place in (("hub", self.hub), ("revision", self.revision)):
+            if ".." in place:
+                raise FieldError(field, "a source holds no '..'")
+
+
 class Source(_Part, frozen=True, kw_only=True):
-    """Where weights come from: a Hub repository at a revision, a bucket URI, or a directory under an allowed root."""
+    """Where weights come from: a Hub repository at a revision, a bucket URI, or a directory under an allowed root.
+
+    ``encoders`` are the repositories that the files leave config and tokenizer of an encoder to.
+    """
 
     hub: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=MAX_ID)] | None = None
     revision: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=100)] | None = None
     bucket: Annotated[str, msgspec.Meta(pattern=r"^s3://[^/\s@]+(/[^\n]*)?" + END, max_length=1000)] | None = None
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=1000)] | None = None
+    encoders: Annotated[tuple[EncoderSource, ...], msgspec.Meta(max_length=MAX_ENCODERS)] = ()
 
     def __post_init__(self) -> None:
         """FieldError unless exactly one place is named, and a revision only with a Hub repository."""
@@ -77,6 +95,8 @@ class Source(_Part, frozen=True, kw_only=True):
         for field, place in (("hub", self.hub), ("revision", self.revision), ("bucket", self.bucket)):
             if place is not None and ".." in place:
                 raise FieldError(field, "a source holds no '..'")
+        if len({encoder.hub for encoder in self.encoders}) < len(self.encoders):
+            raise FieldError("encoders", "a repository stands among the encoders once")
 
     def __str__(self) -> str:
         """As a person reads it."""

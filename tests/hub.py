@@ -124,7 +124,7 @@ class _Answer(BaseHTTPRequestHandler):
             self._refuse(Refusal(500))
             return
         raw = raw_of(content)
-        if not file.endswith(".safetensors"):
+        if not _is_large(file):
             self._send(200, raw, {"X-Repo-Commit": COMMIT, "ETag": f'"{blob_id(raw)}"', "Accept-Ranges": "bytes"})
             return
         elsewhere = f"http://localhost:{self.server.server_address[1]}/cdn/{name}|{file}?X-Amz-Signature=secret"
@@ -183,6 +183,11 @@ class _Answer(BaseHTTPRequestHandler):
         self.wfile.write(raw)
 
 
+def _is_large(file: str) -> bool:
+    """Whether it lies at the host of weights."""
+    return file.endswith((".safetensors", ".bin", ".pt"))
+
+
 def raw_of(content: Any) -> bytes:
     """The bytes of a file."""
     return content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -198,7 +203,7 @@ def _sibling(file: str, content: Any, *, with_blobs: bool) -> dict[str, Any]:
         return {"rfilename": file}
     raw = raw_of(content)
     told = {"rfilename": file, "size": len(raw), "blobId": blob_id(raw)}
-    if file.endswith(".safetensors"):
+    if _is_large(file):
         told["lfs"] = {"sha256": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 134}
     return told
 

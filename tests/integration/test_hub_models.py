@@ -86,6 +86,21 @@ REFUSALS: dict[str, tuple[Any, type[FarmError], str]] = {
     "broken": (Refusal(500), CapacityError, "does not answer"),
     "unknown family": ({"config.json": {**BERT, "architectures": ["GPTForCausalLM"]}}, ModelUnsupportedError, "GPTFor"),
     "pickle": ({"config.json": BERT, "pytorch_model.bin": None}, ModelUnsupportedError, "no safetensors"),
+    "pickled heads": (
+        {"config.json": BERT, "pytorch_model.bin": None, "colbert_linear.pt": None, "sparse_linear.pt": None},
+        ModelUnsupportedError,
+        r"trust\.formats: \[safetensors, pickle\]",
+    ),
+    "encoder gone": (
+        {"gliner_config.json": {"model_name": "org/gone"}, "model.safetensors": None},
+        ModelUnsupportedError,
+        "leave its encoder to 'org/gone'",
+    ),
+    "encoder is no repository": (
+        {"gliner_config.json": {"model_name": "../secret"}, "model.safetensors": None},
+        ModelUnsupportedError,
+        "no Hub repository",
+    ),
     "not JSON": ({"config.json": b"{", "model.safetensors": None}, ModelUnsupportedError, "not JSON"),
     "huge": ({"config.json": b" " * (MAX_FILE_BYTES + 1), "model.safetensors": None}, ModelUnsupportedError, "larger"),
     "no number": ({**ENCODER, "config.json": {**BERT, "hidden_size": "8"}}, ModelUnsupportedError, "no width"),

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 from common.errors import ModelLoadError
-from config_db.spec import Source
+from config_db.spec import EncoderSource, Source
 from tests.hub import COMMIT, GATED, HubStandIn, serving_hub
 from tests.services import free_port, wait_until
 from tests.weights import (
@@ -273,3 +273,29 @@ def test_a_bucket_source_that_is_not_there_or_away_is_said_so(bucket: BucketServ
     away = setup_in(tmp_path, bucket=bucket.uri, bucket_endpoint=f"http://127.0.0.1:{free_port()}")
     error = refused(Source(bucket=f"{bucket.uri}/mine"), away)
     assert (error.details["error_class"], error.details["permanent"]) == ("NETWORK", False)
+
+
+def test_what_a_spec_trusts_travels_through_the_bucket_and_nothing_else(
+    hub: HubStandIn, bucket: BucketServer, tmp_path: Path
+) -> None:
+    """Pickle and the files of an encoder, for a second machine that asks the Hub for nothing."""
+    hub.repositories["farm/pickled"] = {"config.json": {}, "pytorch_model.bin": WEIGHTS}
+    hub.repositories["farm/encoder"] = {"config.json": {"model_type": "bert"}}
+    encoder = EncoderSource(hub="farm/encoder", revision=COMMIT)
+    source = Source(hub="farm/pickled", revision=COMMIT, encoders=(encoder,))
+    found = []
+    for name in ("one", "two"):
+        setup, asked = setup_in(tmp_path / name, **bucket.settings()), len(hub.asked)
+        with resolve(source, setup, formats=("safetensors", "pickle")) as files:
+            found.append(contents(files.path))
+        tiers_of(setup).wait_written_back()
+    assert found[0] == found[1]
+    assert found[0].keys() == {"config.json", "pytorch_model.bin", "encoders/farm/encoder/config.json"}
+    assert len(hub.asked) == asked
+    assert refused(Source(hub="farm/pickled", revision=COMMIT), setup).details["error_class"] == "CONFIG"
+    bucket.put("farm/folder/config.json", b"{}")
+    bucket.put("farm/folder/pytorch_model.bin", b"numbers")
+    theirs = Source(bucket=f"{bucket.uri}/folder")
+    assert "trust `pickle`" in refused(theirs, setup).message
+    with resolve(theirs, setup, formats=("safetensors", "pickle")) as files:
+        assert contents(files.path).keys() == {"config.json", "pytorch_model.bin"}

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
+from typing import Any, Final
 
+import msgspec
 import pytest
 
 from common.errors import ModelLoadError
-from config_db.spec import Source
+from config_db.spec import EncoderSource, Source
 from tests.hub import COMMIT, GATED, HubStandIn, Refusal, serving_hub
 from tests.services import free_port, wait_until
 from tests.weights import (
@@ -282,3 +284,47 @@ def test_a_directory_that_cannot_be_written_is_said_so(hub: HubStandIn, tmp_path
     error = refused(PINNED, setup_in(tmp_path, directory=str(tmp_path / "file" / "store")))
     assert error.details["error_class"] == "STORAGE"
     assert not hub.fetched
+
+
+PICKLED: dict[str, Any] = {
+    "config.json": {"model_type": "bert"},
+    "pytorch_model.bin": WEIGHTS,
+    "head.pt": b"numbers",
+    "optimizer.pt": None,
+    "modeling.py": None,
+}
+PICKLE: Final = ("safetensors", "pickle")
+ENCODER_WEIGHTS = {"model.safetensors": b"weights", "pytorch_model.bin": b"weights"}
+
+
+def test_pickle_is_fetched_only_for_a_spec_that_trusts_it(hub: HubStandIn, tmp_path: Path) -> None:
+    hub.repositories["farm/pickled"] = {name: one for name, one in PICKLED.items() if one is not None}
+    source, setup = Source(hub="farm/pickled", revision=COMMIT), setup_in(tmp_path)
+    for _ in range(2):  # also when the files have come for another spec
+        error = refused(source, setup)
+        assert (error.details["error_class"], error.details["permanent"]) == ("CONFIG", True)
+        assert "trust `pickle`" in error.details["remedy"]
+        with resolve(source, setup, formats=PICKLE) as files:
+            assert contents(files.path).keys() == {"config.json", "pytorch_model.bin", "head.pt"}
+            assert (files.path / "pytorch_model.bin").read_bytes() == WEIGHTS
+    with resolve(PINNED, setup, formats=PICKLE) as files:  # of weights in both formats, those that can run no code
+        assert contents(files.path).keys() == NEEDED
+
+
+def test_config_and_tokenizer_of_an_encoder_come_with_the_model(hub: HubStandIn, tmp_path: Path) -> None:
+    """At the revision that the source names, into the same folder; of its weights not a byte."""
+    hub.repositories["other/encoder"] = {"config.json": {"model_type": "bert"}, "spm.model": b"x", **ENCODER_WEIGHTS}
+    source = msgspec.structs.replace(PINNED, encoders=(EncoderSource(hub="other/encoder", revision="v1"),))
+    with resolve(source, setup_in(tmp_path)) as files:
+        beside = {f"encoders/other/encoder/{name}" for name in ("config.json", "spm.model")}
+        assert contents(files.path).keys() == NEEDED | beside
+        assert (files.path / "encoders" / "other" / "encoder" / "spm.model").read_bytes() == b"x"
+    asked = len(hub.asked)
+    with resolve(PINNED, setup_in(tmp_path)) as files:  # another folder: it was not asked to have them
+        assert contents(files.path).keys() == NEEDED
+    assert len(hub.asked) > asked
+    asked = len(hub.asked)
+    resolve(source, setup_in(tmp_path)).release()
+    assert len(hub.asked) == asked
+    gone = msgspec.structs.replace(PINNED, encoders=(EncoderSource(hub="nobody/encoder", revision="v1"),))
+    assert refused(gone, setup_in(tmp_path)).details["error_class"] == "NOT_FOUND"

@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import ModelLoadError
 from config_db.spec import Source
-from workers.weights.manifest import is_wanted
+from workers.weights.manifest import chosen, is_wanted
 from workers.weights.resolve import resolve
 from workers.weights.setup import WeightsSetup
 
@@ -63,3 +63,13 @@ def test_a_directory_that_is_not_there_is_said_so(tmp_path: Path) -> None:
 )
 def test_only_what_loading_needs_is_fetched_and_only_into_the_folder(name: str, wanted: bool) -> None:
     assert is_wanted(name) == wanted
+
+
+def test_pickle_is_chosen_where_it_is_trusted_and_stands_alone() -> None:
+    names = [
+        *("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "head.pt"),
+        *("a/pytorch_model.bin", "a/model.safetensors", "b/head.safetensors", "b/head.pt", "optimizer.pt", "x.bin"),
+    ]
+    assert chosen(names) == {"config.json", "a/model.safetensors", "b/head.safetensors"}
+    assert chosen(names, ("safetensors", "pickle")) == {*names[:4], "a/model.safetensors", "b/head.safetensors"}
+    assert chosen(names, ()) == {"config.json"}

@@ -11,13 +11,14 @@ from typing import Any, Final
 
 from common.errors import CapacityError, FarmError, ModelLoadError, ResidencyFullError
 from common.logs import get_logger
-from config_db.spec import ModelSpec, Source
+from config_db.spec import ModelSpec, Source, WeightsFormat
 from workers.host import devices
 from workers.host.families.protocol import Device, Family, Model
 from workers.host.families.registry import find
 from workers.host.frames import NO_ROOM, HostSetup
 from workers.host.residency import Residency, Terms
 from workers.weights.leases import Files
+from workers.weights.manifest import SAFE
 
 log = get_logger("host")
 
@@ -99,7 +100,7 @@ class Loader:
         try:
             family = self._family(spec.family)
             with (
-                self.find(spec.source) as files,
+                self.find(spec.source, spec.trust.formats) as files,
                 self._residency.reserved(digest, family.estimate_bytes(spec, files.path), wait_s=wait_s, idle_s=idle_s),
             ):
                 held_bytes = devices.held_bytes(self._device)
@@ -131,11 +132,11 @@ class Loader:
             self._families[name] = find(name, self._setup.extra_families)
         return self._families[name]
 
-    def find(self, source: Source) -> Files:
+    def find(self, source: Source, formats: tuple[WeightsFormat, ...] = SAFE) -> Files:
         """The files of a model or an adapter, brought onto this machine's disk if they are not there yet."""
         from workers.weights.resolve import resolve
 
-        return resolve(source, self._setup.weights)
+        return resolve(source, self._setup.weights, formats=formats)
 
     def must_fetch(self, digest: str, spec: ModelSpec) -> bool:
         """Whether its files must come from elsewhere before it can be loaded; no, if that has just failed."""
@@ -144,13 +145,13 @@ class Loader:
         return (
             digest not in self._residency.resident()
             and self._remembered(digest) is None
-            and not is_here(spec.source, self._setup.weights)
+            and not is_here(spec.source, self._setup.weights, formats=spec.trust.formats)
         )
 
     def bring(self, digest: str, spec: ModelSpec) -> None:
         """Fetch its files beside loads; a failure is remembered, and so told to who waits for it."""
         try:
-            self.find(spec.source).release()
+            self.find(spec.source, spec.trust.formats).release()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what the load answers
             self._remember(digest, spec, error)
 

@@ -3,7 +3,7 @@
 Knows nothing of models but the names under which their folders lie. Credentials are found as boto3 finds them.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -17,8 +17,9 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
 
-from workers.weights.failures import DamagedError, PassingError, failure, said
-from workers.weights.manifest import Manifest, RemoteFile, has_weights, is_wanted
+from config_db.spec import WeightsFormat
+from workers.weights.failures import DamagedError, PassingError, failure, no_weights, said
+from workers.weights.manifest import SAFE, Manifest, RemoteFile, chosen, has_weights, is_wanted
 
 CONNECT_S: Final = 3.0
 _READ_BYTES: Final = 1 << 17
@@ -102,8 +103,12 @@ class Bucket:
         with self._translated():
             self._client.upload_file(str(path), self._bucket, self._key(key), Config=self._transfer)
 
-    def manifest(self, folder: str) -> Manifest | None:
+    def manifest(self, folder: str, formats: Sequence[WeightsFormat] = SAFE) -> Manifest | None:
         """What a folder of ours holds; it is written last, so that what it names is there.
+
+        Args:
+            folder: its name, with a slash at the end.
+            formats: what its weights may be in.
 
         Raises:
             DamagedError: it cannot be read, or names files that no manifest of ours does.
@@ -115,31 +120,30 @@ class Bucket:
             manifest = msgspec.json.decode(seen.content, type=Manifest)
         except msgspec.DecodeError as error:
             raise DamagedError(f"{folder}manifest.json cannot be read: {error}") from error
-        if not all(is_wanted(file.name) and file.sha256 for file in manifest.files):
+        if not all(is_wanted(file.name, formats) and file.sha256 for file in manifest.files):
             raise DamagedError(f"{folder}manifest.json names files that it should not, or without a digest")
         return manifest
 
-    def listing(self) -> tuple[RemoteFile, ...]:
-        """The wanted files under this URI, each with the etag that its parts are held to.
+    def listing(self, formats: Sequence[WeightsFormat]) -> tuple[RemoteFile, ...]:
+        """The files under this URI that a load wants, each with the etag that its parts are held to.
 
         Raises:
             PassingError: the bucket does not answer.
             ModelLoadError: there is nothing to be had.
         """
         start = f"{self._prefix}/" if self._prefix else ""
-        found: list[RemoteFile] = []
+        there: dict[str, RemoteFile] = {}
         with self._translated():
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=start)
-            for page in pages:
-                for one in page.get("Contents", ()):
-                    name = one["Key"].removeprefix(start)
-                    if is_wanted(name):
-                        found.append(RemoteFile(name=name, size=one["Size"], etag=one["ETag"]))
-        if not found:
+            for one in (one for page in pages for one in page.get("Contents", ())):
+                name = one["Key"].removeprefix(start)
+                there[name] = RemoteFile(name=name, size=one["Size"], etag=one["ETag"])
+        names = chosen(there, formats)
+        if not names:
             raise failure(f"{self.uri} holds no model", "NOT_FOUND", permanent=True, remedy="correct the source")
-        if not has_weights([file.name for file in found]):
-            raise failure(f"{self.uri} holds no safetensors weights", "CONFIG", permanent=True)
-        return tuple(found)
+        if not has_weights(names):
+            raise no_weights(self.uri, formats)
+        return tuple(there[name] for name in sorted(names))
 
     def folder(self, prefix: str) -> "Folder":
         """The files under a prefix, to be read."""

@@ -48,6 +48,18 @@ def failure(
     return ModelLoadError(message, details=details, retry_after_s=retry_after_s)
 
 
+def no_weights(where: str, formats: Sequence[str]) -> ModelLoadError:
+    """What lies there holds no weights in a format that the spec trusts."""
+    if "pickle" in formats:
+        return failure(f"{where} holds no weights", "CONFIG", permanent=True, remedy="correct the source")
+    return failure(
+        f"{where} holds no safetensors weights; other formats can run code and are not loaded",
+        "CONFIG",
+        permanent=True,
+        remedy="name a revision with safetensors, convert the weights, or have its spec trust `pickle`",
+    )
+
+
 def tried(error: ModelLoadError, tiers: Sequence[str]) -> ModelLoadError:
     """The same error, saying which tiers were tried before and with it."""
     error.details["tried"] = list(tiers)

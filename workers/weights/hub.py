@@ -4,13 +4,14 @@ Speaks through huggingface_hub, which knows the endpoint and the token; the toke
 redirect to another host and never into a message.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from workers.weights.failures import PassingError, failure, said
-from workers.weights.manifest import COMMIT, RemoteFile, has_weights, is_wanted
+from config_db.spec import WeightsFormat
+from workers.weights.failures import PassingError, failure, no_weights, said
+from workers.weights.manifest import COMMIT, SAFE, RemoteFile, chosen, has_weights
 
 RATE_LIMITED: Final = 429
 WAIT_UNSAID_S: Final = 5.0
@@ -30,10 +31,14 @@ class Hub:
     """One repository of the Hub.
 
     Args:
+        formats: what its weights may be in; none: they are not wanted.
         silence_s: how long one answer may take to begin or go on.
     """
 
-    def __init__(self, repository: str, revision: str, *, silence_s: float) -> None:
+    def __init__(
+        self, repository: str, revision: str, *, formats: Sequence[WeightsFormat] = SAFE, silence_s: float
+    ) -> None:
+        self._formats = formats
         self._repository = repository
         self._revision = revision
         self._silence_s = silence_s
@@ -59,15 +64,11 @@ class Hub:
             told = HfApi().model_info(
                 self._repository, revision=self._revision, files_metadata=True, timeout=self._silence_s
             )
-        files = tuple(_described(one) for one in told.siblings or () if is_wanted(one.rfilename))
-        if not has_weights([file.name for file in files]):
-            raise failure(
-                f"{self._repository}@{self._revision} holds no safetensors weights; other formats can run code and "
-                "are not loaded",
-                "CONFIG",
-                permanent=True,
-                remedy="name a revision with safetensors, or convert the weights",
-            )
+        there = told.siblings or ()
+        names = chosen((one.rfilename for one in there), self._formats)
+        if self._formats and not has_weights(names):
+            raise no_weights(f"{self._repository}@{self._revision}", self._formats)
+        files = tuple(_described(one) for one in there if one.rfilename in names)
         if COMMIT.fullmatch(str(told.sha)) is None:
             raise PassingError(f"it names no commit of {self._repository}@{self._revision}")
         self._commit = str(told.sha)

@@ -3,7 +3,7 @@
 ``farmhand models`` starts it, since the command line imports no worker. It reads one JSON document on its standard
 input and writes one JSON object a line: progress, and what became of each.
 
-- ``prefetch``: ``[{"name", "source"}]`` -> ``progress``, then ``done`` or ``failed`` of each;
+- ``prefetch``: ``[{"name", "source", "formats"}]`` -> ``progress``, then ``done`` or ``failed`` of each;
 - ``cache``: ``{}`` -> one ``entry`` each;
 - ``prune``: ``{"names", "all", "keep_bytes"}`` -> one ``removed`` or ``kept`` each.
 """
@@ -19,7 +19,8 @@ import msgspec
 from common.errors import FarmError
 from common.logs import configure_logs
 from common.settings import WorkerSettings, load_settings
-from config_db.spec import Source
+from config_db.spec import Source, WeightsFormat
+from workers.weights.manifest import SAFE
 from workers.weights.resolve import resolve, tiers_of
 from workers.weights.setup import WeightsSetup, weights_setup
 from workers.weights.store import Entry, Store
@@ -30,10 +31,11 @@ PREFETCH_S: Final = 24 * 3600.0
 
 
 class Prefetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One model to fetch."""
+    """One model to fetch, with weights in formats that its spec trusts."""
 
     name: str
     source: Source
+    formats: tuple[WeightsFormat, ...] = SAFE
 
 
 class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +63,7 @@ def _prefetch(model: Prefetch, setup: WeightsSetup) -> bool:
             _tell(event="progress", name=model.name, bytes=here, total=total)
 
     try:
-        with resolve(model.source, setup, on_progress=on_progress) as files:
+        with resolve(model.source, setup, formats=model.formats, on_progress=on_progress) as files:
             if model.source.path is None:
                 tiers_of(setup).wait_written_back()
             size = sum(path.stat().st_size for path in files.path.rglob("*") if path.is_file())

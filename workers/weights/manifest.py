@@ -2,19 +2,33 @@
 
 import hashlib
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 import msgspec
 
+from config_db.spec import WeightsFormat
 from workers.weights.failures import DamagedError
 
-WANTED_FILES: Final = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "artifact.metadata")
-"""Weights in other formats can run code when they are read, so they are not even fetched."""
-UNWANTED_FILES: Final = ("onnx/*", "openvino/*", "coreml/*", "original/*", "consolidated*.safetensors", ".*")
-"""Copies of the same weights for other engines."""
+SAFE: Final[tuple[WeightsFormat, ...]] = ("safetensors",)
+"""The formats that weights may have unless a spec trusts others."""
+_TEXTS: Final = ("*.json", "*.txt", "*.model", "*.jinja", "artifact.metadata")
+_WEIGHTS: Final[Mapping[WeightsFormat, tuple[str, ...]]] = {
+    "safetensors": ("*.safetensors",),
+    "pickle": ("pytorch_model*.bin", "*/pytorch_model*.bin", "*.pt"),
+}
+"""Files that are weights, by format. Pickle can run code when it is read: it is fetched only where a spec trusts it."""
+UNWANTED_FILES: Final = (
+    *("onnx/*", "openvino/*", "coreml/*", "original/*", "consolidated*.safetensors", ".*"),
+    *("optimizer.pt", "scheduler.pt"),
+)
+"""Copies of the same weights for other engines, and what training leaves behind."""
+ENCODERS: Final = "encoders"
+"""Under it lie the files of encoders that a model's own repository leaves out."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_PART: Final = re.compile(r"-\d+-of-\d+$")
 _READ_BYTES: Final = 1 << 20
 
 
@@ -43,17 +57,29 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return sum(file.size for file in self.files)
 
 
-def is_wanted(name: str) -> bool:
-    """Whether a file of a repository is needed to load the model; false for names that lead out of the folder."""
+def wanted_patterns(formats: Sequence[WeightsFormat] = SAFE) -> tuple[str, ...]:
+    """Patterns of the files that a load reads; no format: all but weights."""
+    return (*_TEXTS, *(pattern for name in formats for pattern in _WEIGHTS[name]))
+
+
+def is_wanted(name: str, formats: Sequence[WeightsFormat] = SAFE) -> bool:
+    """Whether a file of a repository may be needed to load the model; false for names that lead out of the folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         return False
-    return _matches(name, WANTED_FILES) and not _matches(name, UNWANTED_FILES)
+    return _matches(name, wanted_patterns(formats)) and not _matches(name, UNWANTED_FILES)
 
 
-def has_weights(names: list[str]) -> bool:
-    """Whether there are weights among these files."""
-    return any(name.endswith(".safetensors") for name in names)
+def chosen(names: Iterable[str], formats: Sequence[WeightsFormat] = SAFE) -> frozenset[str]:
+    """The files to fetch: of weights that are there in both formats the safetensors alone."""
+    found = {name for name in names if is_wanted(name, formats)}
+    safe = {_stem(name) for name in found if name.endswith(".safetensors")}
+    return frozenset(name for name in found if not _is_pickle(name) or _stem(name) not in safe)
+
+
+def has_weights(names: Iterable[str]) -> bool:
+    """Whether there are weights among files that were chosen."""
+    return any(name.endswith(".safetensors") or _is_pickle(name) for name in names)
 
 
 def verify(file: RemoteFile, path: Path) -> str:
@@ -75,6 +101,16 @@ def verify(file: RemoteFile, path: Path) -> str:
     if path.stat().st_size != file.size or is_other or is_other_blob:
         raise DamagedError(f"{file.name} is not what was promised: its digest or size differs")
     return found
+
+
+def _is_pickle(name: str) -> bool:
+    return _matches(name, _WEIGHTS["pickle"])
+
+
+def _stem(name: str) -> str:
+    """Equal for the same weights in both formats: ``pytorch_model-00001-of-00002.bin`` and ``model.safetensors``."""
+    path = PurePosixPath(name)
+    return str(path.parent / _PART.sub("", path.stem.removeprefix("pytorch_")))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -4,14 +4,18 @@ They mark spans or tokens, and read the labels with the text or with an encoder 
 stands in a request's ``output_schema``, as ``{"relations": ["lives in"]}``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import msgspec
 import torch
 
 from common.errors import RequestError
+from config_db.encoders import encoders_named
 from config_db.spec import ModelSpec
 from tasks.messages import Request
 from workers.host.families.dense_folder import read_json, refusal
@@ -29,9 +33,10 @@ from workers.host.families.extraction import (
     not_finite,
 )
 from workers.host.families.heads import check_safetensors, settle, weights_bytes
-from workers.host.families.known_encoders import cached_encoder, check_encoder, most_positions
+from workers.host.families.known_encoders import check_encoder, encoder_folder, most_positions
 from workers.host.families.protocol import Device
 
+CONFIG: Final = "gliner_config.json"
 THRESHOLD: Final = 0.5
 """The library's own."""
 
@@ -178,17 +183,19 @@ class GlinerFamily:
         return weights_bytes(spec, files)
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> ExtractModel:
+        check_safetensors(files, spec.trust.formats)
         config = _check_folder(files)
         from gliner import GLiNER
 
-        model = GLiNER.from_pretrained(
-            str(files),
-            local_files_only=True,
-            map_location="cpu",
-            strict=True,
-            max_length=spec.max_length,
-            resize_token_embeddings=config.get("labels_encoder") is None,
-        )
+        with _whole(files, config) as folder:
+            model = GLiNER.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                map_location="cpu",
+                strict=True,
+                max_length=spec.max_length,
+                resize_token_embeddings=config.get("labels_encoder") is None,
+            )
         model.model = settle(model.model, spec, device)
         model.eval()
         extractor = Gliner(spec, model)
@@ -197,17 +204,41 @@ class GlinerFamily:
 
 
 def _check_folder(files: Path) -> dict[str, Any]:
-    """Its config; a refusal unless folder and Hub cache make a model of it without code of its own."""
-    check_safetensors(files)
-    config = read_json(files / "gliner_config.json")
+    """Its config; a refusal unless its files, and those of the encoders it names, need no code of their own."""
+    config = read_json(files / CONFIG)
     if not isinstance(config, dict):
         raise refusal("it has no gliner_config.json")
     if config.get("labels_decoder") is not None:
         raise refusal("its gliner_config.json has a labels_decoder, and only models of given labels are run")
-    check_encoder(config.get("encoder_config") or cached_encoder(config.get("model_name")))
+    check_encoder(config.get("encoder_config") or _named_config(files, config.get("model_name")))
     if config.get("labels_encoder") is not None:
-        check_encoder(config.get("labels_encoder_config") or cached_encoder(config["labels_encoder"]))
+        check_encoder(config.get("labels_encoder_config") or _named_config(files, config["labels_encoder"]))
     return config
+
+
+def _named_config(files: Path, repository: Any) -> Any:
+    return read_json(encoder_folder(files, repository) / "config.json")
+
+
+@contextmanager
+def _whole(files: Path, config: dict[str, Any]) -> Iterator[Path]:
+    """The folder as the library reads it without asking for anything else: encoders that it names are directories."""
+    named = {name: encoder_folder(files, config[name]) for name in encoders_named(config, _names(files))}
+    if not named:
+        yield files
+        return
+    with TemporaryDirectory(prefix="gliner-") as place:
+        whole = Path(place)
+        for path in files.iterdir():
+            (whole / path.name).symlink_to(path)
+        (whole / CONFIG).unlink()
+        there = {name: str(path) for name, path in named.items()}
+        (whole / CONFIG).write_bytes(msgspec.json.encode({**config, **there}))
+        yield whole
+
+
+def _names(files: Path) -> set[str]:
+    return {path.relative_to(files).as_posix() for pattern in ("*", "*/*") for path in files.glob(pattern)}
 
 
 def _are_names(value: Any) -> bool:

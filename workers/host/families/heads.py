@@ -1,5 +1,6 @@
 """Loading what transformers calls a model with a head: an encoder and the layer that reads it, and its tokenizer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from config_db.spec import ModelSpec
+from config_db.spec import ModelSpec, WeightsFormat
 from workers.host.encoder import cast
 from workers.host.families.dense_folder import refusal
 from workers.host.families.protocol import Device
 from workers.host.families.text_folder import longest_text
 from workers.host.precision import DTYPES
+from workers.weights.manifest import SAFE
 
 _UNBOUNDED = 1_000_000
 """Tokenizers that know no limit name a huge one."""
@@ -71,14 +73,18 @@ def settle(module: Any, spec: ModelSpec, device: Device) -> Any:
 
 def weights_bytes(spec: ModelSpec, files: Path) -> int:
     """The size of a folder's weight files, halved where the spec asks for half precision."""
-    size = sum(path.stat().st_size for path in files.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files.iterdir() if path.suffix in _suffixes(spec.trust.formats))
     return size // 2 if spec.precision in ("bfloat16", "float16") else size
 
 
-def check_safetensors(files: Path) -> None:
-    """A refusal if there are no weights in the one format that cannot run code."""
-    if not any(files.glob("*.safetensors")):
+def check_safetensors(files: Path, formats: Sequence[WeightsFormat] = SAFE) -> None:
+    """A refusal if there are no weights in the one format that cannot run code, or another that the spec trusts."""
+    if not any(path.suffix in _suffixes(formats) for path in files.iterdir()):
         raise refusal("its folder holds no safetensors weights; other formats can run code and are not loaded")
+
+
+def _suffixes(formats: Sequence[WeightsFormat]) -> tuple[str, ...]:
+    return (".safetensors", ".bin") if "pickle" in formats else (".safetensors",)
 
 
 def check_covered(missing: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers.models.auto import CONFIG_MAPPING
 
-from workers.host.families.dense_folder import read_json, refusal
+from workers.host.families.dense_folder import refusal
+from workers.weights.manifest import ENCODERS
 
 
 def check_encoder(config: Any) -> None:
@@ -23,18 +24,24 @@ def check_encoder(config: Any) -> None:
         raise refusal(f"its encoder is of type {config.get('model_type')!r}, which transformers does not have")
 
 
-def cached_encoder(repository: Any) -> Any:
-    """The config of an encoder that a model only names, from the Hub cache on this machine.
+def encoder_folder(files: Path, repository: Any) -> Path:
+    """Where config and tokenizer of an encoder lie that a model only names: with its files, or in the Hub cache.
 
     Raises:
-        ModelLoadError: it is not there; nothing is fetched that the model's own revision does not pin.
+        ModelLoadError: neither; nothing is fetched that no revision pins.
     """
-    found = try_to_load_from_cache(str(repository), "config.json") if _is_repository(repository) else None
+    if not _is_repository(repository):
+        raise refusal(f"its files leave encoder and tokenizer to {repository!r}, which is no repository of the Hub")
+    beside = files / ENCODERS / str(repository)
+    if beside.is_dir():
+        return beside
+    found = try_to_load_from_cache(str(repository), "config.json")
     if not isinstance(found, str):
         raise refusal(
-            f"its files leave encoder and tokenizer to {repository!r}, which is not in the Hub cache of this worker"
+            f"its files leave encoder and tokenizer to {repository!r}: name that repository and a revision of it under "
+            "`source.encoders` of the model"
         )
-    return read_json(Path(found))
+    return Path(found).parent
 
 
 def most_positions(config: Any) -> int | None:
@@ -46,4 +53,4 @@ def most_positions(config: Any) -> int | None:
 
 
 def _is_repository(name: Any) -> bool:
-    return isinstance(name, str) and name.count("/") <= 1 and not name.startswith((".", "/"))
+    return isinstance(name, str) and name.count("/") <= 1 and not name.startswith((".", "/")) and ".." not in name
