@@ -1,5 +1,7 @@
 """BGE-M3 against its three heads, each computed apart in float64 in a process of its own."""
 
+import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import InferenceError, ModelLoadError, RequestError
-from config_db.spec import Trust
+from config_db.spec import Source, Trust
 from tasks import codec
 from tasks.messages import Request
+from tests.hub import COMMIT, serving_hub
 from tests.token_models import TEXTS, answer, ask, made, spec_of
+from tests.weights import ask_here, contents, setup_in
 from workers.host.families.bge_m3 import BgeM3Family, BgeM3Model
 from workers.host.families.protocol import Device
+from workers.weights.resolve import resolve
 
 ALL = ["dense", "sparse", "multivector"]
 
@@ -125,8 +130,17 @@ def test_a_model_comes_back_from_eviction_as_it_was(tiny: Path) -> None:
     np.testing.assert_array_equal([read(item, "dense") for item in encode(again, TEXTS)], before)
 
 
-def test_weights_in_torchs_own_format_are_read_only_where_the_spec_trusts_them(tiny: Path, tmp_path: Path) -> None:
-    """As the model's authors publish them; they are read as numbers, and code in them is not run."""
+class Evil:
+    """Code that reading a pickle would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (3,)
+
+
+def test_weights_in_torchs_own_format_are_read_only_where_the_spec_trusts_them(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the Hub, as the model's authors publish them; they are read as numbers, and code in them is not run."""
     folder = tmp_path / "m3"
     shutil.copytree(tiny, folder)
     weights = load_file(folder / "model.safetensors")
@@ -137,7 +151,17 @@ def test_weights_in_torchs_own_format_are_read_only_where_the_spec_trusts_them(t
         (folder / f"{name}.safetensors").unlink()
     with pytest.raises(ModelLoadError, match="safetensors"):
         load(folder)
-    trusting = load(folder, trust=Trust(formats=("safetensors", "pickle")))
+    trust = Trust(formats=("safetensors", "pickle"))
+    with serving_hub() as hub:
+        ask_here(hub, monkeypatch)
+        hub.repositories["BAAI/tiny"] = contents(folder)
+        source = Source(hub="BAAI/tiny", revision=COMMIT)
+        with resolve(source, setup_in(tmp_path), formats=trust.formats) as files:
+            trusting = load(files.path, trust=trust)
     for found, wanted in zip(encode(trusting, TEXTS[:4]), encode(load(tiny), TEXTS[:4]), strict=True):
         np.testing.assert_allclose(read(found, "dense"), read(wanted, "dense"), atol=1e-6)
     assert BgeM3Family().estimate_bytes(spec_of(folder, "bge-m3", trust=Trust(formats=("pickle",))), folder) > 10_000
+    for name in ("pytorch_model.bin", "sparse_linear.pt"):
+        torch.save({"weight": Evil()}, folder / name)
+        with pytest.raises((ModelLoadError, pickle.UnpicklingError)):
+            load(folder, trust=trust)

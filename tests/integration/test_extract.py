@@ -14,12 +14,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from common.errors import FarmError, ModelLoadError
+from config_db.hub import Hub
 from config_db.model_folders import spec_of_directory
 from tasks.messages import Request
 from tests import tiny_extractors as tiny
+from tests.hub import COMMIT, serving_hub
+from tests.weights import ask_here, contents, setup_in
 from workers.host.families.extraction import ExtractModel
 from workers.host.families.protocol import Device
 from workers.host.families.registry import find
+from workers.weights.resolve import resolve
 
 pytestmark = pytest.mark.filterwarnings("default:.*torch.jit.script:DeprecationWarning")  # transformers' DeBERTa
 ROOT = Path(__file__).resolve().parents[2]
@@ -354,14 +358,43 @@ def test_half_precision_is_half_the_bytes_and_nearly_the_scores(
         assert_same(sorted(found), sorted(expected), within=5e-3)
 
 
-def test_an_encoder_of_another_repository_is_not_fetched(tiny_out: Path, tmp_path: Path) -> None:
-    """Its name carries no revision."""
-    folder = Path(shutil.copytree(tiny_out / "gliner-span", tmp_path / "gliner"))
-    config = json.loads((folder / "gliner_config.json").read_text())
-    changed = {**config, "encoder_config": None, "model_name": "nobody/encoder"}
-    (folder / "gliner_config.json").write_text(json.dumps(changed))
-    with pytest.raises(ModelLoadError, match=r"'nobody/encoder'.*not in the Hub cache"):
-        load(folder)
+ENCODERS = {"model_name": "org/encoder", "labels_encoder": "labels/encoder"}
+
+
+@pytest.mark.parametrize("name", ["gliner-span", "gliner-bi"])
+def test_an_encoder_of_another_repository_comes_at_the_revision_that_the_source_names(
+    tiny_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As most public models are: the weights of the encoder are here, its config and tokenizer are elsewhere."""
+    bare, named = _without_encoders(tiny_out / name, tmp_path / "bare")
+    with pytest.raises(ModelLoadError, match=r"'org/encoder'.*source\.encoders"):
+        load(bare)
+    with serving_hub() as hub:
+        ask_here(hub, monkeypatch)
+        hub.repositories["org/gliner"] = contents(bare)
+        for repository in named:
+            hub.repositories[repository] = contents(tiny_out / "backbones" / name)
+        described = Hub(hub.url).describe("org/gliner")
+        assert {one.hub: one.revision for one in described.source.encoders} == dict.fromkeys(named, COMMIT)
+        with resolve(described.source, setup_in(tmp_path)) as files:
+            model = load(files.path)
+    asked = {"options": {"threshold": 0.1, **TRUNCATE}}
+    wanted = [entities(item) for item in extract(load(tiny_out / name), tiny.TEXTS, **asked)]
+    assert sum(map(len, wanted)) > len(tiny.TEXTS)
+    for item, expected in zip(extract(model, tiny.TEXTS, **asked), wanted, strict=True):
+        assert_same(entities(item), expected)
+
+
+def _without_encoders(folder: Path, bare: Path) -> tuple[Path, list[str]]:
+    """A copy of a folder that leaves its encoders to other repositories, and their names."""
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*token*", "spm.model", "vocab*"))
+    shutil.rmtree(bare / "labels_tokenizer", ignore_errors=True)
+    config = json.loads((bare / "gliner_config.json").read_text())
+    named = {field: name for field, name in ENCODERS.items() if config[field] is not None}
+    unknown = {"encoder_config": None, "labels_encoder_config": None, "class_token_index": -1, "vocab_size": -1}
+    changed = {**config, **named, **unknown}
+    (bare / "gliner_config.json").write_text(json.dumps(changed))
+    return bare, sorted(named.values())
 
 
 @pytest.mark.parametrize("name", ["ner", "nli-two", "gliner-span", "gliclass-before", "gliner2-span"])

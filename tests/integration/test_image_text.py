@@ -35,6 +35,7 @@ from workers.host.families.siglip import SiglipFamily
 from workers.host.images import MAX_PIXELS, decode
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL.*")  # as where it is served
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("clip", "clip-legacy", "siglip", "siglip2")
 TEXTS = [
     "the cow and an owl sit on a barn roof",
@@ -46,72 +47,6 @@ TEXTS = [
 ]
 FILES = pictures.files()
 
-MAKE = """
-import io, json, sys
-from pathlib import Path
-import numpy as np, sentencepiece, torch
-from PIL import Image, ImageOps
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, Siglip2Config,
-    Siglip2ImageProcessorPil, Siglip2Model, SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipTokenizer)
-from transformers.models.siglip2 import Siglip2Tokenizer
-out = Path(sys.argv[1])
-texts, files = json.loads((out / "texts.json").read_text()), sorted((out / "files").iterdir())
-side = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-
-def clip(eos):
-    letters = sorted(ByteLevel.alphabet())
-    merges = [("a", "n"), ("o", "w</w>"), ("t", "h"), ("th", "e</w>")]
-    words = [*letters, *(one + "</w>" for one in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={one: n for n, one in enumerate(words)}, merges=merges, model_max_length=20)
-    text = dict(side, vocab_size=len(words), max_position_embeddings=20, pad_token_id=1, projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos or tokenizer.eos_token_id)
-    vision = dict(side, image_size=32, patch_size=8, projection_dim=16)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    size = {"height": 32, "width": 32}
-    return model, tokenizer, CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
-
-def siglip():
-    lines = ["the cow and an owl sit on a barn roof", "quick brown foxes jump over lazy dogs",
-        "abcdefghijklmnopqrstuvwxyz 0123456789"] * 50
-    made = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=made, vocab_size=80,
-        pad_id=-1, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
-    (out / "spiece.model").write_bytes(made.getvalue())
-    tokenizer = SiglipTokenizer(str(out / "spiece.model"), model_max_length=16, model_input_names=["input_ids"])
-    text = dict(side, vocab_size=len(tokenizer), max_position_embeddings=16, projection_size=32)
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=dict(side, image_size=32, patch_size=8)))
-    return model, tokenizer, SiglipImageProcessorPil(size={"height": 32, "width": 32})
-
-def siglip2():
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *map(chr, range(33, 127))]
-    words += [f"<0x{n:02X}>" for n in range(256)]
-    tokenizer = Siglip2Tokenizer(vocab={one: n for n, one in enumerate(words)}, merges=[], model_max_length=16)
-    text = dict(side, vocab_size=len(words), max_position_embeddings=16, projection_size=32)
-    model = Siglip2Model(Siglip2Config(text_config=text, vision_config=dict(side, patch_size=8, num_patches=16)))
-    return model, tokenizer, Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
-
-makers = {"clip": lambda: clip(None), "clip-legacy": lambda: clip(2), "siglip": siglip, "siglip2": siglip2}
-for seed, (name, make) in enumerate(makers.items()):
-    torch.manual_seed(seed)
-    here = out / name
-    for part in (made := make()):
-        part.save_pretrained(here)
-    for value in made[0].parameters():  # as trained weights are: no two tokens or places alike
-        torch.nn.init.normal_(value, mean=float(value.std() == 0) * float(value.mean()), std=0.3)
-    made[0].save_pretrained(here)
-    model = type(made[0]).from_pretrained(here, dtype=torch.float32).eval()
-    processor = type(made[2]).from_pretrained(here)
-    tokenizer = AutoTokenizer.from_pretrained(here)
-    padding = True if "clip" in name else "max_length"
-    images = [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in files]
-    with torch.inference_mode():
-        inputs = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
-        np.save(here / "texts.npy", model.get_text_features(**inputs).pooler_output)
-        inputs = processor(images=images, return_tensors="pt")
-        np.save(here / "images.npy", model.get_image_features(**inputs).pooler_output)
-"""
-
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -122,7 +57,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, data in FILES.items():
         (out / "files" / name).write_bytes(data)
     made = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MAKE, str(out)], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-m", "tests.tiny_images", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert made.returncode == 0, made.stderr[-2000:]
     return out

@@ -173,7 +173,7 @@ def _vector(model: Any) -> Any:
 
 
 def _storages(model: Any) -> int:
-    return len({tensor.untyped_storage().data_ptr() for tensor in model.weights().values()})
+    return len({tensor.untyped_storage().data_ptr() for tensor in model._opened.weights().values()})
 
 
 def test_converted_weights_are_written_once_and_mapped_by_whoever_loads_them(one: Path, tmp_path: Path) -> None:

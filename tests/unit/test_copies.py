@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.services import wait_until
 from workers.host import flat
-from workers.host.copies import Copies
+from workers.host.copies import Copies, Draft
 from workers.host.flat import FlatWeights
 from workers.host.host_memory import HostMemory
 
@@ -39,6 +41,29 @@ def test_what_was_kept_comes_back_as_it_was_and_reads_as_safetensors(tmp_path: P
     assert _same(found)
     plain = load_file(tmp_path / "copies" / "one.safetensors")
     assert torch.equal(plain["weight"], TENSORS["weight"])
+
+
+def test_copies_are_written_in_turn_and_what_waits_keeps_no_memory(tmp_path: Path) -> None:
+    """However many models come at once: each is asked for its weights when its turn has come."""
+    copies, asked, written = Copies(tmp_path, MANY), [], []
+
+    def make(name: str) -> Draft | None:
+        asked.append((name, list(written)))
+        if name == "failing":
+            raise RuntimeError("no memory")
+        return None if name == "gone" else Draft(TENSORS, name, lambda: written.append(name))
+
+    names = ["one", "gone", "failing", *map(str, range(6)), "last"]
+    for name in [*names, "last"]:
+        copies.keep_soon(name, partial(make, name))
+    wait_until(lambda: written[-1:] == ["last"], 20, "the last copy")
+    kept = [name for name in names if name not in ("gone", "failing")]
+    assert [name for name, _ in asked] == names
+    assert written == kept
+    assert asked[-1][1] == kept[:-1]  # it was asked after all before it were written
+    assert all(_same(copies.find(name)) for name in kept)
+    copies.keep_soon("gone", partial(make, "later"))  # the thread has ended, or has not: it is written either way
+    wait_until(lambda: copies.find("gone") is not None, 20, "a copy asked for later")
 
 
 def test_a_note_may_stand_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock, Thread
@@ -29,11 +30,19 @@ log = get_logger("host")
 
 FREE_BYTES: Final = 2**30
 """So much of the disk is left to others."""
-MOST_PENDING: Final = 4
 WRITE_AFTER_S: Final = 0.25
 """What a load was waited for is answered first."""
 STALE_S: Final = 3600.0
 """A part of a copy that old was left behind by a host that died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What is to be written, and what is called once it is there."""
+
+    tensors: Mapping[str, "torch.Tensor"]
+    note: str
+    then: Callable[[], None]
 
 
 class Copies:
@@ -49,7 +58,8 @@ class Copies:
         self._limit_bytes = limit_bytes
         self._writing = Lock()
         self._queueing = Lock()
-        self._pending: set[str] = set()
+        self._pending: dict[str, Callable[[], Draft | None]] = {}
+        self._has_writer = False
 
     def find(self, name: str) -> "FlatWeights | None":
         """A kept copy, mapped, and used last from now on; None if there is none, or it is damaged."""
@@ -68,31 +78,46 @@ class Copies:
             return None
         return found
 
-    def keep_soon(
-        self, name: str, tensors: Mapping[str, "torch.Tensor"], note: str, then: Callable[[], None] | None = None
-    ) -> Thread | None:
-        """Write a copy beside whatever else goes on, and call ``then`` once it is there.
+    def keep_soon(self, name: str, make: Callable[[], "Draft | None"]) -> None:
+        """Write a copy beside whatever else goes on, each in its turn.
 
-        Returns the thread that does; None where it is being written already, or too much is: what waits to be written
-        keeps its memory.
+        Args:
+            name: names the copy.
+            make: asked for its content when its turn has come, so that what waits keeps no memory; None: it is not
+                wanted any more.
         """
         with self._queueing:
-            if name in self._pending or len(self._pending) >= MOST_PENDING:
-                return None
-            self._pending.add(name)
+            if name in self._pending:
+                return
+            self._pending[name] = make
+            if not self._has_writer:
+                self._has_writer = True
+                Thread(target=self._write_pending, name="copies", daemon=True).start()
 
-        def run() -> None:
-            sleep(WRITE_AFTER_S)
+    def _write_pending(self) -> None:
+        """Until nothing is left to be written."""
+        sleep(WRITE_AFTER_S)
+        while (turn := self._next()) is not None:
+            name, make = turn
             try:
-                if self.keep(name, tensors, note) and then is not None:
-                    then()
-            finally:
-                with self._queueing:
-                    self._pending.discard(name)
+                self._write(name, make)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it costs a copy and no more
+                log.warning("copy_not_kept", copy=name, error=repr(error)[:200])
+            with self._queueing:
+                del self._pending[name]
 
-        thread = Thread(target=run, name="copies", daemon=True)
-        thread.start()
-        return thread
+    def _next(self) -> "tuple[str, Callable[[], Draft | None]] | None":
+        """Whose turn it is; None, and the thread has ended, if nothing is left."""
+        with self._queueing:
+            if not self._pending:
+                self._has_writer = False
+                return None
+            return next(iter(self._pending.items()))
+
+    def _write(self, name: str, make: "Callable[[], Draft | None]") -> None:
+        draft = make()
+        if draft is not None and self.keep(name, draft.tensors, draft.note):
+            draft.then()
 
     def keep(self, name: str, tensors: Mapping[str, "torch.Tensor"], note: str) -> bool:
         """Write a copy and remove what it displaces; whether it is there now."""

@@ -1,30 +1,20 @@
-"""A transformers encoder as the dense family runs it: a module, its weights, and the passes over it.
+"""A transformers encoder as families run it: a module as it is loaded, and the passes over it."""
 
-Weights are memory-mapped, so that the hosts of a machine share their pages. A module without weights (a skeleton) is
-kept when its model leaves: bringing a model back is mapping a file and hanging its tensors in.
-"""
-
-import copy
 import inspect
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
-from transformers.initialization import no_init_weights
+from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
 from workers.host.attention import NAME, layout
 from workers.host.families.dense_folder import refusal
 from workers.host.packing import Pass
-
-_META: Final = torch.device("meta")
 
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a host has no terminal
 
@@ -53,8 +43,7 @@ class Encoder:
     @property
     def bytes(self) -> int:
         """Bytes of its parameters and buffers."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return bytes_of(self.module)
 
     def hidden(self, texts: Sequence[Sequence[int]], one: Pass) -> list[torch.Tensor]:
         """The last hidden states of one pass: one tensor ``[count, length, width]`` a group of equal length."""
@@ -112,47 +101,6 @@ class Encoder:
         return torch.from_numpy(array).to(self.device)
 
 
-class Skeletons:
-    """Modules without weights, by architecture; owned by the compute side of one host."""
-
-    def __init__(self) -> None:
-        self._free: dict[str, list[torch.nn.Module]] = defaultdict(list)
-
-    def take(self, architecture: str) -> torch.nn.Module | None:
-        """A module to hang weights in, or None if this architecture has never been loaded."""
-        free = self._free.get(architecture)
-        if not free:
-            return None
-        if len(free) > 1:
-            return free.pop()
-        shared: dict[int, Any] = {id(one): one for one in (*free[0].parameters(), *free[0].buffers())}
-        return copy.deepcopy(free[0], shared)  # both are replaced, never written to
-
-    def learn(self, architecture: str, module: torch.nn.Module) -> None:
-        """Have a skeleton of this architecture, made after a loaded module, unless there is one; '' is none."""
-        if architecture and not self._free.get(architecture):
-            known: dict[int, Any] = {id(one): _without_data(one) for one in module.parameters()}
-            self._free[architecture].append(copy.deepcopy(module, known))
-
-    def give_back(self, architecture: str, module: torch.nn.Module) -> None:
-        """Keep a module whose model leaves, unless its architecture has no name; its weights are let go."""
-        for owner in module.modules():
-            for name, tensor in owner._parameters.items():  # noqa: SLF001 - setattr would check and copy
-                if tensor is not None and tensor.device != _META:
-                    owner._parameters[name] = _without_data(tensor)  # noqa: SLF001
-        if architecture:
-            self._free[architecture].append(module)
-
-
-def has_own_buffers(module: torch.nn.Module) -> bool:
-    """Whether its files hold more than parameters: a skeleton of it would keep another model's numbers."""
-    return bool(module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys())
-
-
-def _without_data(parameter: torch.Tensor) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.empty_like(parameter, device=_META), requires_grad=False)
-
-
 def load_module(files: Path, auto: Any = AutoModel, *, formats: Sequence[str] = ("safetensors",)) -> torch.nn.Module:
     """Load through transformers, in float32, without running code from the folder.
 
@@ -180,13 +128,10 @@ def load_module(files: Path, auto: Any = AutoModel, *, formats: Sequence[str] = 
     return module.eval()  # type: ignore[no-any-return]  # transformers is untyped
 
 
-def blank_module(files: Path) -> torch.nn.Module:
-    """A module as ``load_module`` makes it, but for its weights, which are not even initialised."""
-    config = AutoConfig.from_pretrained(files, local_files_only=True, trust_remote_code=False)
-    with no_init_weights():
-        made: Any = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    module: torch.nn.Module = made.requires_grad_(requires_grad=False).eval()
-    return module
+def bytes_of(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters and buffers; what is shared counts once."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -198,32 +143,6 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return module
-
-
-def hang_in(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
-    """Give a skeleton these weights, by name; false, and nothing done, if they do not cover it."""
-    wanted = dict(module.named_parameters(remove_duplicate=False))
-    if not wanted.keys() <= weights.keys():
-        return False
-    if any(weights[name].shape != parameter.shape for name, parameter in wanted.items()):
-        return False
-    for path, owner in module.named_modules():
-        prefix = f"{path}." if path else ""
-        for name in owner._parameters:  # noqa: SLF001 - setattr would check and copy
-            if f"{prefix}{name}" in wanted:
-                owner._parameters[name] = torch.nn.Parameter(weights[f"{prefix}{name}"], requires_grad=False)  # noqa: SLF001
-    return True
-
-
-def read_weights(files: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder's safetensors files, memory-mapped, named as the bare encoder names them."""
-    paths = sorted(files.glob("*.safetensors"))
-    if not paths:
-        raise refusal("its folder holds no safetensors weights; other formats can run code and are not loaded")
-    found: dict[str, torch.Tensor] = {}
-    for path in paths:
-        found.update(load_file(path))
-    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in found.items()} if prefix else found
 
 
 def encoder(module: torch.nn.Module, chosen: Layout, device: str) -> Encoder:

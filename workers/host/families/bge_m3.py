@@ -20,10 +20,12 @@ from common.errors import FarmError
 from config_db.spec import ModelSpec
 from tasks import scores
 from tasks.messages import Request
-from workers.host.encoder import load_module
+from workers.host.encoder import bytes_of
 from workers.host.families import results
 from workers.host.families.dense_folder import Folder, read_json, refusal, with_settings
+from workers.host.families.kept_folders import Recent, estimate_bytes
 from workers.host.families.multivector import Vectors, unit_rows
+from workers.host.families.opening import Opened, Openings, Verdict
 from workers.host.families.protocol import Device
 from workers.host.families.request_texts import (
     Part,
@@ -36,13 +38,7 @@ from workers.host.families.request_texts import (
     wanted_outputs,
 )
 from workers.host.families.text_folder import load_tokenizer, longest_text
-from workers.host.families.token_encoder import (
-    KeptFolders,
-    TokenEncoder,
-    Verdict,
-    open_encoder,
-    vocabulary_size,
-)
+from workers.host.families.token_encoder import TokenEncoder, opening, token_encoder, vocabulary_size
 from workers.host.families.token_projection import linear_of
 from workers.host.maxsim import maxsim
 from workers.host.packing import Pass
@@ -118,17 +114,15 @@ class Heads(torch.nn.Module):
 class BgeM3Model:
     """One loaded model."""
 
-    def __init__(
-        self, spec: ModelSpec, kept: _Kept, module: torch.nn.Module, runner: TokenEncoder, heads: Heads
-    ) -> None:
+    def __init__(self, spec: ModelSpec, kept: _Kept, opened: Opened, runner: TokenEncoder, heads: Heads) -> None:
         self._spec = spec
+        self._opened = opened
         self._kept = kept
         self._runner = runner
         self._heads = heads
         self._words = folder_words(spec, kept.folder)
-        self._dims = vocabulary_size(module)
-        tensors = [one for part in (module, heads) for one in (*part.parameters(), *part.buffers())]
-        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._dims = vocabulary_size(opened.module)
+        self.bytes = bytes_of(opened.module) + bytes_of(heads)
 
     def prepare(self, operation: str, requests: Sequence[Request]) -> PreparedTexts:
         """Check, word and tokenise every text in one call of the tokenizer."""
@@ -153,6 +147,7 @@ class BgeM3Model:
         """Let the weights go."""
         del self._runner
         del self._heads
+        self._opened.close()
 
     def _answer(self, prepared: PreparedTexts, part: Part, found: Sequence[Found]) -> bytes | FarmError:
         if not all(one.is_finite for one in found):
@@ -198,27 +193,26 @@ class BgeM3Family:
     """Loads such models."""
 
     def __init__(self) -> None:
-        self._folders = KeptFolders(_read)
+        self._kept = Recent(_read)
+        self._openings = Openings()
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
         """Device bytes, as far as the weight files tell."""
         suffixes = (".safetensors", ".pt", ".bin") if "pickle" in spec.trust.formats else (".safetensors",)
-        return self._folders.estimate_bytes(spec, files, (one for one in files.iterdir() if one.suffix in suffixes))
+        return estimate_bytes(self._kept, spec, files, (one for one in files.iterdir() if one.suffix in suffixes))
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> BgeM3Model:
         """Load the model of a folder; the first time also find out how it runs best."""
-        kept = self._folders.recall(spec, files)
+        kept = self._kept.recall(spec, files)
         heads = Heads(_read_head(files, "sparse_linear", spec), _read_head(files, "colbert_linear", spec))
         heads = heads.requires_grad_(requires_grad=False).to(device.name)
-        module, runner = open_encoder(
-            spec,
-            device,
-            kept,
-            load=lambda: load_module(files, formats=spec.trust.formats),
-            base=lambda module: module,
-            vectors=lambda _, runner, texts: _check_vectors(runner, heads, kept.tokenizer, texts),
-        )
-        return BgeM3Model(spec, kept, module, runner, heads)
+
+        def vectors(_: torch.nn.Module, runner: TokenEncoder, texts: Sequence[str]) -> torch.Tensor:
+            return _check_vectors(runner, heads, kept.tokenizer, texts)
+
+        opened, layout = self._openings.open(opening(spec, files, files, device, vectors=vectors), kept, device)
+        runner = token_encoder(spec, opened.module, layout, device)
+        return BgeM3Model(spec, kept, opened, runner, heads)
 
 
 def _read(spec: ModelSpec, files: Path) -> _Kept:

@@ -22,10 +22,10 @@ from common.errors import RequestError
 from config_db.spec import ModelSpec
 from tasks.messages import Request
 from workers.host.families.dense_folder import read_json, refusal
+from workers.host.families.kept_folders import Recent
 from workers.host.families.pair_folder import (
     ACTIVATIONS,
     PairFolder,
-    Recent,
     choose_dtype,
     expected_dtype,
     instruction_of,
@@ -36,7 +36,7 @@ from workers.host.families.pair_folder import (
 )
 from workers.host.families.pairs import PairModel, Reader, Tokens
 from workers.host.families.protocol import Device
-from workers.host.families.text_folder import content_key, longest_text
+from workers.host.families.text_folder import longest_text
 from workers.host.packing import Pass
 
 PREFIX: Final = (
@@ -205,7 +205,7 @@ class CausalRerankerFamily:
     """Loads causal rerankers, and remembers of each folder what it costs time to read."""
 
     def __init__(self) -> None:
-        self._kept: Recent[_Kept] = Recent()
+        self._kept = Recent(_read)
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
         """What the weights take in the number format that they will have on the device."""
@@ -214,7 +214,7 @@ class CausalRerankerFamily:
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> PairModel:
         """Load the model of a folder."""
-        kept = self._kept.recall(content_key(spec, files), lambda: _read(spec, files))
+        kept = self._kept.recall(spec, files)
         module = load_whole(AutoModelForCausalLM, kept.folder, choose_dtype(spec, kept.folder, device))
         lacking = _FORWARD_TAKES - inspect.signature(module.forward).parameters.keys()
         if lacking:

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import msgspec
 import numpy as np
@@ -20,12 +19,11 @@ from transformers import AutoModelForSequenceClassification
 
 from config_db.spec import ModelSpec
 from tasks.messages import Request
-from workers.host.encoder import Skeletons, hang_in, has_own_buffers, read_weights
 from workers.host.families.dense_folder import refusal
+from workers.host.families.kept_folders import Recent
 from workers.host.families.pair_folder import (
     ACTIVATIONS,
     PairFolder,
-    Recent,
     choose_dtype,
     expected_dtype,
     instruction_of,
@@ -35,12 +33,11 @@ from workers.host.families.pair_folder import (
     read_pair_folder,
 )
 from workers.host.families.pairs import PairModel, Tokens
+from workers.host.families.passes import pass_budget
 from workers.host.families.protocol import Device
-from workers.host.families.text_folder import content_key, longest_text
+from workers.host.families.text_folder import longest_text
 from workers.host.packing import Pass
-
-CPU_PASS_TOKENS: Final = 1024
-"""A larger pass leaves the cache of a core."""
+from workers.host.skeletons import Skeletons, has_own_buffers, revive
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +114,7 @@ class CrossEncoderFamily:
     """Loads cross-encoders, and remembers of each folder what it costs time to read."""
 
     def __init__(self) -> None:
-        self._kept: Recent[_Kept] = Recent()
+        self._kept = Recent(_read)
         self._skeletons = Skeletons()
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
@@ -127,24 +124,18 @@ class CrossEncoderFamily:
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> PairModel:
         """Load the model of a folder."""
-        kept = self._kept.recall(content_key(spec, files), lambda: _read(spec, files))
+        kept = self._kept.recall(spec, files)
         dtype = choose_dtype(spec, kept.folder, device)
         module = self._revive(kept.folder, dtype)
         if module is None:
             module = load_whole(AutoModelForSequenceClassification, kept.folder, dtype)
         runner = _ClassifierRunner(module, kept, device.name, self._skeletons)
-        most = min(device.pass_tokens, CPU_PASS_TOKENS) if device.kind == "cpu" else device.pass_tokens
-        budget = min(spec.limits.max_batch_tokens or most, most)
-        return PairModel(spec, _PairReader(spec, kept), runner, pass_tokens=budget)
+        return PairModel(spec, _PairReader(spec, kept), runner, pass_tokens=pass_budget(spec, device))
 
     def _revive(self, folder: PairFolder, dtype: torch.dtype) -> torch.nn.Module | None:
         """Hang the mapped weights into a kept skeleton; None where there is none or they do not fit."""
         module = self._skeletons.take(_architecture(folder))
-        if module is None:
-            return None
-        weights = read_weights(folder.transformer, "")
-        weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-        return module if hang_in(module, weights) else None
+        return None if module is None else revive(module, folder.transformer, dtype)
 
 
 def _read(spec: ModelSpec, files: Path) -> _Kept:

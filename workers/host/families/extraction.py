@@ -16,6 +16,7 @@ from common.errors import FarmError, InferenceError, InputTooLongError, RequestE
 from config_db.spec import ModelSpec
 from tasks import codec
 from tasks.messages import Request
+from workers.host.encoder import bytes_of
 from workers.host.families.dense_folder import refusal
 from workers.host.packing import plan
 
@@ -171,7 +172,7 @@ class ExtractModel:
         self._extractor = extractor
         self._pass_tokens = min(spec.limits.max_batch_tokens or pass_tokens, pass_tokens)
         self._tokenising = Lock()
-        self.bytes = measured_bytes(extractor.module)
+        self.bytes = bytes_of(extractor.module)
 
     def prepare(self, operation: str, requests: Sequence[Request]) -> PreparedRows:
         """Check and tokenise every text, and collate the passes, in host memory."""
@@ -285,12 +286,6 @@ def not_finite(spec: ModelSpec) -> InferenceError:
 def entity(text: str, label: str, score: float, start: int, end: int) -> dict[str, Any]:
     """An entity that stands at ``text[start:end]``."""
     return {"text": text[start:end], "label": label, "score": score, "start": start, "end": end, "bbox": None}
-
-
-def measured_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's parameters and buffers; what is shared counts once."""
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def check_options(spec: ModelSpec, extractor: Extractor) -> None:

@@ -8,8 +8,8 @@ import msgspec
 import torch
 from transformers import __version__ as transformers_version
 
-from workers.host import precision
-from workers.host.copies import Copies
+from workers.host import devices, precision
+from workers.host.copies import Copies, Draft
 from workers.host.families.protocol import Device
 from workers.host.flat import FlatWeights
 
@@ -21,8 +21,8 @@ class Copied(Protocol):
     def is_on_cpu(self) -> bool:
         """Whether its weights are in host memory."""
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Its parameters as they run, by name."""
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """Its parameters as they run, by name; None once it is closed."""
 
     def adopt(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Use the same numbers from elsewhere, also while it runs."""
@@ -55,15 +55,24 @@ def find_copy(name: str, device: Device, *, keep: bool) -> FlatWeights | None:
 
 
 def keep_copy(copies: Copies, name: str, model: Copied, verdict: Judged) -> None:
-    """Keep what was found out, and the weights where they were converted; the model then uses the mapped ones."""
-    tensors = model.weights() if verdict.precision != "float32" else {}
+    """Keep what was found out, and the weights where they were converted; the model then uses the mapped ones.
+
+    A model that leaves before its turn has come is not kept: it is converted again when it is wanted again.
+    """
 
     def adopt() -> None:
-        found = copies.find(name) if tensors and model.is_on_cpu else None
+        found = copies.find(name) if verdict.precision != "float32" and model.is_on_cpu else None
         if found is not None:
             model.adopt(found.tensors())
+            devices.trim()  # what was converted lies in pieces over the heap
 
-    copies.keep_soon(name, tensors, msgspec.json.encode(verdict).decode(), adopt)
+    def make() -> Draft | None:
+        weights = model.weights()
+        if weights is None:
+            return None
+        return Draft(weights if verdict.precision != "float32" else {}, msgspec.json.encode(verdict).decode(), adopt)
+
+    copies.keep_soon(name, make)
 
 
 def _page_locked(found: FlatWeights | None) -> FlatWeights | None:

@@ -5,11 +5,10 @@ hold texts or images, never both. The module, its projections and its image proc
 kind does of its own is in ``Kind`` (``clip``, ``siglip``), what a folder says in ``image_text_folder``.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -22,12 +21,14 @@ from common.logs import get_logger
 from config_db.spec import ModelSpec
 from tasks.messages import Request
 from workers.host import devices, precision
-from workers.host.encoder import Skeletons, blank_module, cast, hang_in, has_own_buffers, read_weights
+from workers.host.encoder import bytes_of, cast
 from workers.host.families import results
 from workers.host.families.dense_prompts import wording
 from workers.host.families.flat_copies import copy_name, find_copy, keep_copy
 from workers.host.families.heads import check_covered, check_safetensors
 from workers.host.families.image_text_folder import Arrays, Kept, Kind, Verdict, model_folder, read_kept
+from workers.host.families.kept_folders import Recent, estimate_bytes
+from workers.host.families.opening import Opened
 from workers.host.families.protocol import Device
 from workers.host.families.request_texts import (
     Part,
@@ -41,10 +42,10 @@ from workers.host.families.text_folder import content_key
 from workers.host.flat import FlatWeights
 from workers.host.images import image_of
 from workers.host.packing import plan
+from workers.host.skeletons import Skeletons, blank_module, has_own_buffers, revive
 
 log = get_logger("host")
 
-KEPT_FOLDERS: Final = 256
 _CHECK_SIZES: Final = ((64, 64), (320, 200), (97, 311))
 
 
@@ -70,19 +71,15 @@ class PreparedItems:
 class ImageTextModel:
     """One loaded model."""
 
-    def __init__(
-        self, spec: ModelSpec, kind: Kind, kept: Kept, module: torch.nn.Module, device: Device, skeletons: Skeletons
-    ) -> None:
+    def __init__(self, spec: ModelSpec, kind: Kind, kept: Kept, opened: Opened, device: Device) -> None:
         self._spec = spec
         self._kind = kind
         self._kept = kept
-        self._module = module.to(device.name)
+        self._opened = opened
+        self._module = opened.module
         self._device = device.name
         self._pass_tokens = min(spec.limits.max_batch_tokens or device.pass_tokens, device.pass_tokens)
-        self._skeletons = skeletons
-        self._closing = Lock()
-        tensors = [*module.parameters(), *module.buffers()]
-        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.bytes = bytes_of(opened.module)
 
     def prepare(self, operation: str, requests: Sequence[Request]) -> PreparedItems:
         """Check every request, decode and resize its images, and tokenise all texts in one call."""
@@ -122,26 +119,10 @@ class ImageTextModel:
                 answers.append(results.dense_items(part.request.items, rows[part.rows], output_dtype(part.request)))
         return answers
 
-    @property
-    def is_on_cpu(self) -> bool:
-        """Whether its weights are in host memory."""
-        return self._device == "cpu"
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Its parameters as they run, by name."""
-        return dict(self._module.named_parameters(remove_duplicate=False))
-
-    def adopt(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Use the same numbers from elsewhere, also while it runs: each tensor is exchanged by one store."""
-        with self._closing:
-            if self._module is not None:
-                hang_in(self._module, weights)
-
     def close(self) -> None:
         """Let the weights go and keep the skeleton."""
-        with self._closing:
-            module, self._module = self._module, None  # type: ignore[assignment]  # a closed model runs no more
-        self._skeletons.give_back(self._kept.verdict.architecture if self._kept.verdict else "", module)
+        self._module = None  # type: ignore[assignment]  # a closed model runs no more
+        self._opened.close()
 
     def inputs(self, read: Sequence[str | Arrays]) -> Inputs:
         """Worded texts, tokenised together, and pixels, each with its place in ``read``."""
@@ -241,55 +222,41 @@ class ImageTextFamily:
 
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
-        self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
+        self._kept = Recent(partial(read_kept, kind=kind))
         self._skeletons = Skeletons()
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
-        """The size of the weight files, halved where the model is known to run in half precision."""
-        size = sum(path.stat().st_size for path in model_folder(files).glob("*.safetensors"))
-        kept = self._kept.get(content_key(spec, files))
-        chosen = kept.verdict.precision if kept is not None and kept.verdict is not None else spec.precision
-        return size // 2 if chosen in ("bfloat16", "float16") else size
+        """Device bytes, as far as the weight files tell."""
+        return estimate_bytes(self._kept, spec, files, model_folder(files).glob("*.safetensors"))
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> ImageTextModel:
         """Load the model of a folder; the first time also try it, and find out how precise it must be."""
-        key = content_key(spec, files)
-        kept = self._recall(key, spec, files)
-        name = copy_name(key, device)
+        kept = self._kept.recall(spec, files)
+        name = copy_name(content_key(spec, files), device)
         flat = find_copy(name, device, keep=spec.placement.tier == "memory")
         if flat is not None and kept.verdict is None:
             kept.verdict = msgspec.json.decode(flat.note, type=Verdict)
 
+        def opened(module: torch.nn.Module) -> Opened:
+            architecture = "" if kept.verdict is None else kept.verdict.architecture
+            return Opened(module.to(device.name), architecture, device, self._skeletons)
+
         def model(module: torch.nn.Module) -> ImageTextModel:
-            return ImageTextModel(spec, self._kind, kept, module, device, self._skeletons)
+            return ImageTextModel(spec, self._kind, kept, opened(module), device)
 
         module = self._revive(kept, kept.verdict, flat)
-        if module is not None and flat is not None:
-            return model(module)
-        loaded = model(module if module is not None else self._load_and_judge(spec, kept, device, model))
-        if device.copies is not None and kept.verdict is not None:
-            keep_copy(device.copies, name, loaded, kept.verdict)
-        return loaded
-
-    def _recall(self, key: tuple[str, str], spec: ModelSpec, files: Path) -> Kept:
-        kept = self._kept.get(key) or read_kept(spec, files, self._kind)
-        self._kept[key] = kept
-        self._kept.move_to_end(key)
-        if len(self._kept) > KEPT_FOLDERS:
-            self._kept.popitem(last=False)
-        return kept
+        is_copied = flat is not None and module is not None
+        there = opened(module if module is not None else self._load_and_judge(spec, kept, device, model))
+        if device.copies is not None and kept.verdict is not None and not is_copied:
+            keep_copy(device.copies, name, there, kept.verdict)
+        return ImageTextModel(spec, self._kind, kept, there, device)
 
     def _revive(self, kept: Kept, verdict: Verdict | None, flat: FlatWeights | None) -> torch.nn.Module | None:
         """Hang kept or mapped weights into a skeleton; None before the first load, and where they do not fit."""
         if verdict is None or not verdict.architecture:
             return None
         module = self._skeletons.take(verdict.architecture) or blank_module(kept.folder.transformer)
-        if flat is not None and flat.bytes:
-            return module if hang_in(module, flat.tensors()) else None
-        dtype = precision.DTYPES[verdict.precision]
-        weights = read_weights(kept.folder.transformer, "")
-        weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-        return module if hang_in(module, weights) else None
+        return revive(module, kept.folder.transformer, precision.DTYPES[verdict.precision], flat=flat)
 
     def _load_and_judge(self, spec: ModelSpec, kept: Kept, device: Device, model: ModelMaker) -> torch.nn.Module:
         """Load through transformers and, unless that is known, find out what only a run can tell."""

@@ -18,11 +18,13 @@ from common.errors import FarmError, RequestError
 from config_db.spec import ModelSpec
 from tasks import scores
 from tasks.messages import Request
-from workers.host.encoder import load_module
+from workers.host.encoder import bytes_of
 from workers.host.families import results
 from workers.host.families.dense_folder import refusal
+from workers.host.families.kept_folders import Recent, estimate_bytes
 from workers.host.families.multivector_folder import MultivectorFolder, read_multivector_folder
 from workers.host.families.multivector_tokens import TokenReader, Tokens
+from workers.host.families.opening import Opened, Openings, Verdict
 from workers.host.families.protocol import Device
 from workers.host.families.request_texts import (
     Part,
@@ -35,7 +37,7 @@ from workers.host.families.request_texts import (
     read_parts,
     wanted_outputs,
 )
-from workers.host.families.token_encoder import KeptFolders, TokenEncoder, Verdict, open_encoder
+from workers.host.families.token_encoder import TokenEncoder, opening, token_encoder
 from workers.host.families.token_projection import read_inner_layer, read_layers
 from workers.host.maxsim import maxsim
 from workers.host.muvera import Muvera, fixed_vector, read_muvera
@@ -123,16 +125,16 @@ class MultivectorModel:
     """One loaded late-interaction encoder."""
 
     def __init__(
-        self, spec: ModelSpec, kept: _Kept, module: torch.nn.Module, runner: TokenEncoder, layers: torch.nn.Sequential
+        self, spec: ModelSpec, kept: _Kept, opened: Opened, runner: TokenEncoder, layers: torch.nn.Sequential
     ) -> None:
         self._spec = spec
+        self._opened = opened
         self._folder = kept.folder
         self._reader = kept.reader
         self._vectors = TokenVectors(runner, layers)
         self._words = folder_words(spec, kept.folder.text)
         self._dims = width_of(layers)
-        tensors = [one for part in (module, layers) for one in (*part.parameters(), *part.buffers())]
-        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.bytes = bytes_of(opened.module) + bytes_of(layers)
 
     def prepare(self, operation: str, requests: Sequence[Request]) -> PreparedTexts:
         """Check, mark, word and tokenise every text."""
@@ -156,6 +158,7 @@ class MultivectorModel:
     def close(self) -> None:
         """Let the weights go."""
         del self._vectors
+        self._opened.close()
 
     def _answer(self, operation: str, part: Part, texts: Sequence[Text], rows: Sequence[Vectors]) -> bytes | FarmError:
         if not all(np.isfinite(row).all() for row in rows):
@@ -200,29 +203,28 @@ class MultivectorFamily:
     """Loads late-interaction encoders."""
 
     def __init__(self) -> None:
-        self._folders = KeptFolders(_read)
+        self._kept = Recent(_read)
+        self._openings = Openings()
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
         """Device bytes, as far as the weight files tell."""
         place = read_multivector_folder(files, spec).text.transformer
-        return self._folders.estimate_bytes(spec, files, place.glob("*.safetensors"))
+        return estimate_bytes(self._kept, spec, files, place.glob("*.safetensors"))
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> MultivectorModel:
         """Load the model of a folder; the first time also find out how it runs best."""
-        kept = self._folders.recall(spec, files)
+        kept = self._kept.recall(spec, files)
         place = kept.folder.text.transformer
         layers = read_layers(kept.folder.layers) if kept.folder.layers else read_inner_layer(place)
         layers = layers.to(device.name)
         _check_way(spec, layers)
-        module, runner = open_encoder(
-            spec,
-            device,
-            kept,
-            load=lambda: load_module(place),
-            base=lambda module: module,
-            vectors=lambda _, runner, texts: _check_vectors(TokenVectors(runner, layers), kept.reader, texts),
-        )
-        return MultivectorModel(spec, kept, module, runner, layers)
+
+        def vectors(_: torch.nn.Module, runner: TokenEncoder, texts: Sequence[str]) -> torch.Tensor:
+            return _check_vectors(TokenVectors(runner, layers), kept.reader, texts)
+
+        opened, layout = self._openings.open(opening(spec, files, place, device, vectors=vectors), kept, device)
+        runner = token_encoder(spec, opened.module, layout, device)
+        return MultivectorModel(spec, kept, opened, runner, layers)
 
 
 def _read(spec: ModelSpec, files: Path) -> _Kept:

@@ -6,11 +6,10 @@ says wins over files.
 
 import json
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 
 import torch
 from transformers import AutoTokenizer
@@ -22,8 +21,6 @@ from workers.host import precision
 from workers.host.families.dense_folder import Folder, read_json, refusal, with_settings
 from workers.host.families.protocol import Device
 
-K = TypeVar("K")
-KEPT_FOLDERS: Final = 256
 ACTIVATIONS: Final = {
     "Identity": torch.nn.Identity,
     "Sigmoid": torch.nn.Sigmoid,
@@ -44,22 +41,6 @@ _ITEM_BYTES: Final = {
 }
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _HEADER_LENGTH_BYTES: Final = 8
-
-
-class Recent(Generic[K]):
-    """What was read of the folders used last; owned by the loader thread of one host."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str], K] = OrderedDict()
-
-    def recall(self, key: tuple[str, str], read: Callable[[], K]) -> K:
-        """What is kept under this key, else what ``read`` gives, kept from now on."""
-        if key not in self._kept:
-            self._kept[key] = read()
-        self._kept.move_to_end(key)
-        if len(self._kept) > KEPT_FOLDERS:
-            self._kept.popitem(last=False)
-        return self._kept[key]
 
 
 @dataclass(frozen=True, slots=True)

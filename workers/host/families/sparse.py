@@ -22,9 +22,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from common.errors import FarmError, RequestError
 from config_db.spec import ModelSpec
 from tasks.messages import Request
-from workers.host.encoder import load_module
+from workers.host.encoder import bytes_of
 from workers.host.families import results
 from workers.host.families.dense_folder import UNBOUNDED, read_json, refusal
+from workers.host.families.kept_folders import Recent, estimate_bytes
+from workers.host.families.opening import Opened, Openings, Verdict
 from workers.host.families.protocol import Device
 from workers.host.families.request_texts import (
     Part,
@@ -37,13 +39,7 @@ from workers.host.families.request_texts import (
 )
 from workers.host.families.sparse_folder import SparseFolder, read_sparse_folder
 from workers.host.families.text_folder import load_tokenizer, longest_text
-from workers.host.families.token_encoder import (
-    KeptFolders,
-    TokenEncoder,
-    Verdict,
-    open_encoder,
-    vocabulary_size,
-)
+from workers.host.families.token_encoder import TokenEncoder, opening, token_encoder, vocabulary_size
 from workers.host.packing import Pass
 
 LOGITS: Final = 2**24
@@ -181,14 +177,14 @@ class Splade:
 class SparseModel:
     """One loaded sparse encoder."""
 
-    def __init__(self, spec: ModelSpec, kept: _Kept, module: torch.nn.Module, splade: Splade) -> None:
+    def __init__(self, spec: ModelSpec, kept: _Kept, opened: Opened, runner: TokenEncoder) -> None:
         self._spec = spec
         self._kept = kept
-        self._splade = splade
+        self._opened = opened
+        self._splade = Splade(opened.module, runner, kept.folder)
         self._words = folder_words(spec, kept.folder.text)
-        self._dims = vocabulary_size(module)
-        tensors = [*module.parameters(), *module.buffers()]
-        self.bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._dims = vocabulary_size(opened.module)
+        self.bytes = bytes_of(opened.module)
 
     def prepare(self, operation: str, requests: Sequence[Request]) -> PreparedTexts:
         """Check, word and tokenise every text: queries of an inference-free model for the table, others to encode."""
@@ -232,6 +228,7 @@ class SparseModel:
     def close(self) -> None:
         """Let the weights go."""
         del self._splade
+        self._opened.close()
 
     def _answer(self, part: Part, rows: Sequence[Weights]) -> bytes | FarmError:
         if not all(np.isfinite(row.values).all() for row in rows):
@@ -259,27 +256,24 @@ class SparseFamily:
     """Loads sparse encoders."""
 
     def __init__(self) -> None:
-        self._folders = KeptFolders(_read)
+        self._kept = Recent(_read)
+        self._openings = Openings(AutoModelForMaskedLM, _base)
 
     def estimate_bytes(self, spec: ModelSpec, files: Path) -> int:
         """Device bytes, as far as the weight files tell."""
         place = read_sparse_folder(files, spec).text.transformer
-        return self._folders.estimate_bytes(spec, files, place.glob("*.safetensors"))
+        return estimate_bytes(self._kept, spec, files, place.glob("*.safetensors"))
 
     def load(self, spec: ModelSpec, files: Path, device: Device) -> SparseModel:
         """Load the model of a folder; the first time also find out how it runs best."""
-        kept = self._folders.recall(spec, files)
-        module, runner = open_encoder(
-            spec,
-            device,
-            kept,
-            load=lambda: load_module(kept.folder.text.transformer, AutoModelForMaskedLM),
-            base=_base,
-            vectors=lambda module, runner, texts: _check_vectors(
-                Splade(module, runner, kept.folder), kept.tokenizer, texts
-            ),
-        )
-        return SparseModel(spec, kept, module, Splade(module, runner, kept.folder))
+        kept = self._kept.recall(spec, files)
+
+        def vectors(module: torch.nn.Module, runner: TokenEncoder, texts: Sequence[str]) -> torch.Tensor:
+            return _check_vectors(Splade(module, runner, kept.folder), kept.tokenizer, texts)
+
+        how = opening(spec, files, kept.folder.text.transformer, device, base=_base, vectors=vectors)
+        opened, layout = self._openings.open(how, kept, device)
+        return SparseModel(spec, kept, opened, token_encoder(spec, _base(opened.module), layout, device))
 
 
 def _read(spec: ModelSpec, files: Path) -> _Kept:
