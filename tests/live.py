@@ -176,15 +176,18 @@ class LiveFarm:
         timeout_s: float = 60.0,
         asynchronous: bool = False,
         tenant: str = "default",
+        operation: Operation = Operation.ENCODE,
+        request: Request | None = None,
     ) -> tuple[str, Ticket, bytes]:
-        """One encoded request: task id, ticket and raw message."""
+        """One encoded request: task id, ticket and raw message; ``request`` where it is more than texts."""
         task_id, spec, now = str(uuid4()), self.specs[model], self.clock.now()
+        request = request or Request(items=[{"text": text} for text in texts])
         ticket = Ticket(
             model=model,
             spec=spec.digest,
-            operation=Operation.ENCODE,
-            key=batch_key(model, spec.digest, Operation.ENCODE, None, {}),
-            items=len(texts),
+            operation=operation,
+            key=batch_key(model, spec.digest, operation, None, {}),
+            items=len(request.items),
             tokens=max(1, sum(map(len, texts)) // 4),
             deadline=now + timeout_s,
             published=now,
@@ -192,7 +195,7 @@ class LiveFarm:
             tenant=tenant,
             asynchronous=asynchronous,
         )
-        body = messages.encode_body(model, Request(items=[{"text": text} for text in texts]))
+        body = messages.encode_body(model, request)
         queue = queue_name(POOL, PROFILE, lane)
         raw = messages.encode_message(
             task_id, ticket, body, queue=queue, reply_to=None if asynchronous else self.reply_to, origin="test"
@@ -226,7 +229,7 @@ class LiveFarm:
                 record,
                 3600,
                 ticket.model,
-                "encode",
+                ticket.operation,
                 ticket.deadline,
                 ticket.tenant,
                 "",

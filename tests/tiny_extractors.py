@@ -146,14 +146,20 @@ def spread(model: Any, encoders: str, times: float) -> None:
                 weights.mul_(times)
 
 
-def make_ner(out: Path) -> dict[str, Any]:
+def build_ner(place: Path) -> None:
     import torch
-    from transformers import AutoModelForTokenClassification, pipeline
+    from transformers import AutoModelForTokenClassification
 
     torch.manual_seed(1)
     config = encoder("bert", ("O", "B-PER", "I-PER", "B-LOC", "I-LOC"))
-    AutoModelForTokenClassification.from_config(config).save_pretrained(out / "ner")
-    tokenizer(64).save_pretrained(out / "ner")
+    AutoModelForTokenClassification.from_config(config).save_pretrained(place)
+    tokenizer(64).save_pretrained(place)
+
+
+def make_ner(out: Path) -> dict[str, Any]:
+    from transformers import pipeline
+
+    build_ner(out / "ner")
     said = {}
     for case, options in NER_CASES.items():
         run = pipeline("token-classification", model=str(out / "ner"), device="cpu", **options)
@@ -164,19 +170,27 @@ def make_ner(out: Path) -> dict[str, Any]:
     return {"ner": said}
 
 
-def make_nli(out: Path) -> dict[str, Any]:
-    import torch
-    from transformers import AutoModelForSequenceClassification, pipeline
+NLI_KINDS = {
+    "nli-three": ("bert", ("contradiction", "neutral", "entailment")),
+    "nli-two": ("deberta", ("entailment", "not_entailment")),
+}
 
-    kinds = {
-        "nli-three": ("bert", ("contradiction", "neutral", "entailment")),
-        "nli-two": ("deberta", ("entailment", "not_entailment")),
-    }
+
+def build_nli(place: Path, name: str, seed: int = 0) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    AutoModelForSequenceClassification.from_config(encoder(*NLI_KINDS[name])).save_pretrained(place)
+    tokenizer(64).save_pretrained(place)
+
+
+def make_nli(out: Path) -> dict[str, Any]:
+    from transformers import pipeline
+
     said = {}
-    for seed, (name, (kind, labels)) in enumerate(kinds.items()):
-        torch.manual_seed(seed)
-        AutoModelForSequenceClassification.from_config(encoder(kind, labels)).save_pretrained(out / name)
-        tokenizer(64).save_pretrained(out / name)
+    for seed, name in enumerate(NLI_KINDS):
+        build_nli(out / name, name, seed)
         run = pipeline("zero-shot-classification", model=str(out / name), device="cpu")
         said[name] = {case: _classes(run, LABELS, options) for case, options in NLI_CASES.items()}
         said[name]["one"] = _classes(run, LABELS[:1], {})
@@ -188,30 +202,36 @@ def _classes(run: Any, labels: list[str], options: dict[str, Any]) -> Any:
     return [list(zip(one["labels"], one["scores"], strict=True)) for one in told]
 
 
-def make_gliner(out: Path) -> dict[str, Any]:
+def build_gliner(out: Path, name: str, seed: int = 0) -> None:
     import torch
     from gliner import GLiNER
     from gliner.config import GLiNERConfig
 
+    backbone = out / "backbones" / name
+    encoder("bert" if name == "gliner-bi" else "deberta").save_pretrained(backbone)
+    tokenizer().save_pretrained(backbone)
+    config = GLiNERConfig(
+        model_name=str(backbone),
+        labels_encoder=str(backbone) if name == "gliner-bi" else None,
+        span_mode="token_level" if name == "gliner-token" else "markerV0",
+        max_width=4,
+        hidden_size=32,
+        max_len=24,
+        has_rnn=True,
+        relations_layer="dot" if name == RELEX else None,
+    )
+    torch.manual_seed(seed)
+    model = GLiNER.from_config(config.to_dict(), backbone_from_pretrained=False)
+    spread(model, "token_rep_layer", SPREAD[name])
+    model.save_pretrained(out / name, safe_serialization=True)
+
+
+def make_gliner(out: Path) -> dict[str, Any]:
+    from gliner import GLiNER
+
     said = {}
     for seed, name in enumerate((*GLINER_KINDS, RELEX)):
-        backbone = out / "backbones" / name
-        encoder("bert" if name == "gliner-bi" else "deberta").save_pretrained(backbone)
-        tokenizer().save_pretrained(backbone)
-        config = GLiNERConfig(
-            model_name=str(backbone),
-            labels_encoder=str(backbone) if name == "gliner-bi" else None,
-            span_mode="token_level" if name == "gliner-token" else "markerV0",
-            max_width=4,
-            hidden_size=32,
-            max_len=24,
-            has_rnn=True,
-            relations_layer="dot" if name == RELEX else None,
-        )
-        torch.manual_seed(seed)
-        model = GLiNER.from_config(config.to_dict(), backbone_from_pretrained=False)
-        spread(model, "token_rep_layer", SPREAD[name])
-        model.save_pretrained(out / name, safe_serialization=True)
+        build_gliner(out, name, seed)
         model = GLiNER.from_pretrained(str(out / name), local_files_only=True)
         if name == RELEX:
             said[name] = {"relations": [_related(model, text) for text in TEXTS]}
@@ -233,21 +253,27 @@ def _related(model: Any, text: str) -> list[Any]:
     return [_spans(found), ends]
 
 
-def make_gliner2(out: Path) -> dict[str, Any]:
+def build_gliner2(out: Path, name: str, seed: int = 0) -> None:
     import torch
-    from gliner2 import AutoExtractor, ExtractorConfig
+    from gliner2 import ExtractorConfig
     from gliner2.inference.engine import BoundaryExtractor, SpanExtractor
+
+    is_span = name == "gliner2-span"
+    backbone, words = encoder("deberta" if is_span else "bert"), tokenizer()
+    head = {"max_width": 4, "counting_layer": "count_lstm_v2"} if is_span else {"architecture": "boundary"}
+    config = ExtractorConfig(model_name=str(out / "backbones" / name), **head)
+    torch.manual_seed(seed)
+    made = (SpanExtractor if is_span else BoundaryExtractor)(config, encoder_config=backbone, tokenizer=words)
+    spread(made, "encoder.", SPREAD[name])
+    made.save_pretrained(out / name)
+
+
+def make_gliner2(out: Path) -> dict[str, Any]:
+    from gliner2 import AutoExtractor
 
     said = {}
     for seed, name in enumerate(GLINER2_KINDS):
-        is_span = name == "gliner2-span"
-        backbone, words = encoder("deberta" if is_span else "bert"), tokenizer()
-        head = {"max_width": 4, "counting_layer": "count_lstm_v2"} if is_span else {"architecture": "boundary"}
-        config = ExtractorConfig(model_name=str(out / "backbones" / name), **head)
-        torch.manual_seed(seed)
-        made = (SpanExtractor if is_span else BoundaryExtractor)(config, encoder_config=backbone, tokenizer=words)
-        spread(made, "encoder.", SPREAD[name])
-        made.save_pretrained(out / name)
+        build_gliner2(out, name, seed)
         model = AutoExtractor.from_pretrained(str(out / name))
         both = {"include_confidence": True, "include_spans": True, "threshold": GLINER2_THRESHOLD}
         said[name] = {
@@ -257,34 +283,40 @@ def make_gliner2(out: Path) -> dict[str, Any]:
     return said
 
 
-def make_gliclass(out: Path) -> dict[str, Any]:
+def build_gliclass(out: Path, name: str, seed: int = 0) -> None:
     import torch
-    from gliclass import GLiClassModel, GLiClassModelConfig, ZeroShotClassificationPipeline
+    from gliclass import GLiClassModel, GLiClassModelConfig
+
+    marks = ("<<LABEL>>", "<<SEP>>", "<<EXAMPLE>>")
+    config = GLiClassModelConfig(
+        encoder_config=encoder(GLICLASS_ENCODERS[name]),
+        architecture_type="decoder-kv" if name == "gliclass-decoder" else "uni-encoder",
+        encoder_model=str(out / "backbones" / name),
+        vocab_size=len(WORDS) + len(marks),
+        class_token_index=len(WORDS),
+        text_token_index=len(WORDS) + 1,
+        example_token_index=len(WORDS) + 2,
+        sep_token_index=len(WORDS) + 1,  # the name that a decoder reads it by
+        hidden_size=32,
+        prompt_first=name == "gliclass-before",
+        pooling_strategy="avg" if name == "gliclass-before" else "first",
+        problem_type="multi_label_classification",
+        logit_scale_init_value=1.0,
+    )
+    torch.manual_seed(seed)
+    made = GLiClassModel(config)
+    spread(made, "coder_model", SPREAD[name])  # encoder_model, decoder_model
+    made.save_pretrained(out / name)
+    tokenizer(512, *marks).save_pretrained(out / name)
+
+
+def make_gliclass(out: Path) -> dict[str, Any]:
+    from gliclass import GLiClassModel, ZeroShotClassificationPipeline
     from transformers import AutoTokenizer
 
     said = {}
     for seed, name in enumerate(GLICLASS_KINDS):
-        marks = ("<<LABEL>>", "<<SEP>>", "<<EXAMPLE>>")
-        config = GLiClassModelConfig(
-            encoder_config=encoder(GLICLASS_ENCODERS[name]),
-            architecture_type="decoder-kv" if name == "gliclass-decoder" else "uni-encoder",
-            encoder_model=str(out / "backbones" / name),
-            vocab_size=len(WORDS) + len(marks),
-            class_token_index=len(WORDS),
-            text_token_index=len(WORDS) + 1,
-            example_token_index=len(WORDS) + 2,
-            sep_token_index=len(WORDS) + 1,  # the name that a decoder reads it by
-            hidden_size=32,
-            prompt_first=name == "gliclass-before",
-            pooling_strategy="avg" if name == "gliclass-before" else "first",
-            problem_type="multi_label_classification",
-            logit_scale_init_value=1.0,
-        )
-        torch.manual_seed(seed)
-        made = GLiClassModel(config)
-        spread(made, "coder_model", SPREAD[name])  # encoder_model, decoder_model
-        made.save_pretrained(out / name)
-        tokenizer(512, *marks).save_pretrained(out / name)
+        build_gliclass(out, name, seed)
         run = ZeroShotClassificationPipeline(
             GLiClassModel.from_pretrained(str(out / name)),
             AutoTokenizer.from_pretrained(str(out / name)),
