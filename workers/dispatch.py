@@ -25,10 +25,10 @@ from tasks import names
 from tasks.batching import shared_key
 from workers.adapters import AdapterFetches
 from workers.arrivals import Specs
-from workers.gathering import Gatherer, Slice
 from workers.hosts.pool import HostPool
 from workers.hosts.protocol import BatchTiming, HostBatch, PartResult
 from workers.intake import Held, Intake
+from workers.joining import Joiner, Slice
 from workers.redis_link import RedisLink
 from workers.revisions import Revisions
 from workers.scheduler import Pick, Scheduler, Work
@@ -101,7 +101,7 @@ class Dispatcher:
         self._runs_here = runs_here
         self._revisions = Revisions()
         self._fetches = AdapterFetches(settler, self._schedule)
-        self._gatherer = Gatherer(intake, settler)
+        self._joiner = Joiner(intake, settler)
         self._slices: dict[int, Slice] = {}
         self._running: dict[int, _Running] = {}
         self._next_work = 1
@@ -249,7 +249,7 @@ class Dispatcher:
         fault("worker.batch_done")
         for part, result in zip(running.slices, results, strict=True):
             self._slices.pop(part.held.works[part.place], None)
-            self._gatherer.take(part, result, timing)
+            self._joiner.take(part, result, timing)
         self._settler.flush()
 
     def on_host_lost(self, host: int, suspects: list[int], innocent: list[int], reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What comes back of the slices of a request, gathered into its one outcome."""
+"""What comes back of the slices of a request, joined into its one outcome."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Slice:
     first: int
 
 
-class Gatherer:
+class Joiner:
     """Takes results in any order and answers a request when its last is there, or its first error."""
 
     def __init__(self, intake: Intake, settler: Settler) -> None:
