@@ -1,6 +1,7 @@
 """Converted weights on disk and in host memory: whole or not at all, shared, bounded."""
 
 import os
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_copies_are_written_in_turn_and_what_waits_keeps_no_memory(tmp_path: Pat
     assert all(_same(copies.find(name)) for name in kept)
     copies.keep_soon("gone", partial(make, "later"))  # the thread has ended, or has not: it is written either way
     wait_until(lambda: copies.find("gone") is not None, 20, "a copy asked for later")
+
+
+def test_nothing_holds_the_tensors_any_more_when_it_is_told_that_they_are_kept(tmp_path: Path) -> None:
+    """So that whoever is told can give the memory of those it had back."""
+    copies, left = Copies(tmp_path, MANY), []
+
+    def make() -> Draft:
+        tensors = {"one": torch.zeros(10)}
+        seen = weakref.ref(tensors["one"])
+        return Draft(tensors, "", lambda: left.append(seen()))
+
+    copies.keep_soon("one", make)
+    wait_until(lambda: left, 20, "the copy")
+    assert left == [None]
 
 
 def test_a_note_may_stand_alone(tmp_path: Path) -> None:

@@ -116,8 +116,11 @@ class Copies:
 
     def _write(self, name: str, make: "Callable[[], Draft | None]") -> None:
         draft = make()
-        if draft is not None and self.keep(name, draft.tensors, draft.note):
-            draft.then()
+        if draft is None or not self.keep(name, draft.tensors, draft.note):
+            return
+        then = draft.then
+        del draft  # what is told may let go of the tensors, and give their memory back
+        then()
 
     def keep(self, name: str, tensors: Mapping[str, "torch.Tensor"], note: str) -> bool:
         """Write a copy and remove what it displaces; whether it is there now."""
