@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import config, figures, residency
+from bench import config, fairness, figures, residency
 from bench.adapters import adapters8_ratio
 from bench.apply import apply1000_s
 from bench.drain import drain_msgs_per_s
@@ -46,6 +46,12 @@ FIGURES: dict[str, tuple[Figure, float | None, float | None]] = {
     "resolve_us": (config.resolve_us, 20, 1),
     "apply1000_s": (apply1000_s, 10, 3),
     "adapters8_ratio": (adapters8_ratio, 0.6, 0.8),
+    "overload_in_deadline_pct": (fairness.overload_in_deadline_pct, 99, 99.9),
+    "overload_goodput_ratio": (fairness.overload_goodput_ratio, 0.9, 0.95),
+    "expired_work_pct": (fairness.expired_work_pct, 1, 0.2),
+    "neighbour_p99_ratio": (fairness.neighbour_p99_ratio, 1.2, 1.05),
+    "auth_ms": (fairness.auth_ms, 0.15, 0.05),
+    "openai_over_native": (fairness.openai_over_native, 1.1, 1.03),
 }
 """Name, function, what is to be reached, and what would delight; the better direction is the stretch's."""
 

@@ -16,7 +16,9 @@ FarmError                      INTERNAL_ERROR
 |  +- IdempotencyError         IDEMPOTENCY_MISMATCH   the idempotency key was used for something else
 |  +- ModelUnsupportedError    MODEL_UNSUPPORTED      the model is known, but this release has no code that runs it
 +- CapacityError               RESOURCE_EXHAUSTED     try again after ``retry_after_s``
-|  +- QueueFullError           QUEUE_FULL
+|  +- QueueFullError           QUEUE_FULL             ``details["limit"]`` says which one is reached
+|  |  +- TenantLimitError      QUEUE_FULL             the tenant's own: others are still served
+|  +- RateLimitError           RATE_LIMIT             the tenant has used up its tokens of the minute
 |  +- ResidencyFullError       RESOURCE_EXHAUSTED     every resident model is leased, or the model cannot fit
 |  +- ModelLoadingError        MODEL_LOADING          the deadline would pass before the model is loaded
 |  +- AdapterLoadingError      LORA_LOADING           the deadline passed before the adapter was there
@@ -166,9 +168,19 @@ class CapacityError(FarmError):
 
 
 class QueueFullError(CapacityError):
-    """The queue has reached its length limit."""
+    """No further request is taken now; ``details["limit"]``: queue, model, tenant, lane, wait or memory."""
 
     code = "QUEUE_FULL"
+
+
+class TenantLimitError(QueueFullError):
+    """The tenant has as many requests open as it may; others are still served."""
+
+
+class RateLimitError(CapacityError):
+    """The tenant has used up its tokens of the minute."""
+
+    code = "RATE_LIMIT"
 
 
 class ResidencyFullError(CapacityError):

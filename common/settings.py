@@ -56,6 +56,9 @@ class WebSettings(CommonSettings):
     max_items: int = Field(4096, gt=0, description="items one request may hold unless the model says less")
     fetch_images: bool = Field(False, description="whether images may be named by public http(s) addresses")
     queue_limit: int = Field(50_000, gt=0, description="messages a queue may hold before 503 QUEUE_FULL")
+    tenant_queue_limit: int = Field(
+        256, gt=0, description="open requests of one tenant in one lane unless its quotas say, if there are several"
+    )
     sync_timeout_s: float = Field(120.0, gt=0, description="deadline of a synchronous request by default")
     web_processes: int = Field(1, gt=0, description="gunicorn processes; one serves some thousand requests a second")
     async_timeout_s: float = Field(3600.0, gt=0, description="deadline of an asynchronous request by default")

@@ -57,7 +57,10 @@ class PoolSpec(_Part, frozen=True, kw_only=True):
 
 
 class Quotas(_Part, frozen=True, kw_only=True):
-    """Most that a tenant may have at once, in requests, or spend in a minute; None: no bound of its own."""
+    """Most that a tenant may have at once, in requests, or spend in a minute; None: no bound of its own.
+
+    ``in_flight`` counts its open requests, waiting or running, ``queued`` those of one lane.
+    """
 
     in_flight: Positive | None = None
     queued: Positive | None = None

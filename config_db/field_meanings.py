@@ -50,7 +50,7 @@ MEANINGS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "Limits": {
         "max_concurrency": "Micro-batches at once in one worker.",
-        "queue_limit": "Requests that may wait on the whole farm. Kept, and not heeded yet.",
+        "queue_limit": "Requests that may wait on the whole farm; max_concurrency is added for those that run.",
         "timeout_s": "Deadline of a synchronous request that names none, in seconds.",
         "max_items": "Items in one request.",
         "max_batch_tokens": "Tokens in one micro-batch.",

@@ -106,8 +106,9 @@ class Source(_Part, frozen=True, kw_only=True):
 class Limits(_Part, frozen=True, kw_only=True):
     """Bounds of one model.
 
-    ``max_concurrency`` counts micro-batches at once in one worker, ``queue_limit`` requests waiting on the whole farm;
-    ``timeout_s`` is the deadline of a synchronous request that names none.
+    ``max_concurrency`` counts micro-batches at once in one worker, ``queue_limit`` requests waiting on the whole farm:
+    admission takes no more than both together are. ``timeout_s`` is the deadline of a synchronous request that names
+    none.
     """
 
     max_concurrency: Positive | None = None

@@ -103,7 +103,7 @@ class Callers:
 
 def _settle_unless_started(entry: Entry) -> tuple[Any, ...]:
     """A call of ``settle.lua`` for a synchronous request. Its id is kept until its message would be too late anyway."""
-    keys = names.settled_keys(entry.task_id)
+    keys = [*names.settled_keys(entry.task_id), *names.slots(entry.model, entry.tenant, entry.queue)]
     unstarted = entry.deadline + OPEN_GRACE_S
     kept_s = int(entry.timeout_s) + OPEN_GRACE_S
     return ("EVAL", scripts.source("settle"), len(keys), *keys, entry.task_id, "cancelled", b"", 0, kept_s, unstarted)

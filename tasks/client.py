@@ -57,7 +57,7 @@ class FarmClient:
         """Publish a request and return its task id once Redis has confirmed.
 
         Raises:
-            QueueFullError: refused; nothing was published.
+            QueueFullError, RateLimitError: refused; nothing was published.
             QueueUnavailableError: no confirmation within 2.5 s.
         """
         return submitting.submit(self._ready(), call, asynchronous=asynchronous)
@@ -66,7 +66,7 @@ class FarmClient:
         """Submit a request and wait for its outcome, which may carry an error; ``has_left``: as for ``Callers``.
 
         Raises:
-            QueueFullError, QueueUnavailableError: as ``submit``.
+            QueueFullError, RateLimitError, QueueUnavailableError: as ``submit``.
             DeadlineExceededError: nobody answered in time, and now nobody will.
             CancelledError: the caller has gone, and nobody had started its request.
         """
@@ -141,11 +141,11 @@ class FarmClient:
             connections.close()
 
     def _ready(self) -> Connections:
-        """This process's connections, and a clock no older than 30 s."""
+        """This process's connections, with a clock no older than 30 s, and what the workers told a second ago."""
         connections = self._connections
         if connections is None or connections.pid != os.getpid():
             connections = self._open()
-        connections.tend_clock()
+        connections.tend()
         return connections
 
     def _open(self) -> Connections:

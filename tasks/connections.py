@@ -1,4 +1,4 @@
-"""The connections of one process to the farm's Redis, and its clock.
+"""The connections of one process to the farm's Redis, its clock, and what it knows of the workers' pace.
 
 Owns the publisher, the listeners, the watch over callers and one connection for plain commands; what is asked over
 them is for ``submitting``, ``following``, ``settling`` and ``live_workers``. Foreign errors become
@@ -17,17 +17,20 @@ import redis
 from common.clock import FarmClock
 from common.errors import QueueUnavailableError
 from common.logs import get_logger
-from tasks import scripts
+from tasks import live_workers, scripts
 from tasks.callers import Callers
 from tasks.objects import ObjectStore
-from tasks.publisher import RETRY_AFTER_S, Publisher
+from tasks.pace import Paces
+from tasks.publisher import Publisher
 from tasks.redis_line import connection_options, is_out_of_memory
+from tasks.refusals import RETRY_AFTER_S
 from tasks.replies import ReplyListener
 from tasks.results import ResultWatcher
 
 log = get_logger("tasks")
 
 CLOCK_SYNC_S: Final = 30.0
+PACE_READ_S: Final = 1.0
 
 
 class Connections:
@@ -37,7 +40,7 @@ class Connections:
         url: the farm's one logical database.
         queue_limit: messages a queue may hold.
         result_ttl_s: how long asynchronous results are kept.
-        clock: the farm's clock; ``tend_clock`` measures it.
+        clock: the farm's clock; ``tend`` measures it.
         objects: where large bodies and results travel; None: in Redis.
     """
 
@@ -52,6 +55,9 @@ class Connections:
         self.publisher = Publisher(url, queue_limit=queue_limit)
         self.replies = ReplyListener(url, process=self.process)
         self.results = ResultWatcher(url)
+        self.paces = Paces()
+        self._paces_read_at = 0.0
+        self._paces_lock = threading.Lock()
         self._clock_lock = threading.Lock()
         self._clock_failed_at = 0.0
         self._redis = redis.Redis.from_url(url, **connection_options())
@@ -73,13 +79,15 @@ class Connections:
         """Run one of the farm's Lua scripts; QueueUnavailableError if it is not answered."""
         return _answered(lambda: self._redis.eval(scripts.source(name), len(keys), *keys, *arguments))
 
-    def tend_clock(self) -> None:
-        """Measure the clock before its first use, and again every 30 s without keeping anybody waiting."""
-        synced_at = self.clock.synced_at
+    def tend(self) -> None:
+        """Measure the clock before its first use; that and the pace again in their time, keeping nobody waiting."""
+        now, synced_at = monotonic(), self.clock.synced_at
         if synced_at is None:
             self._sync_clock_first()
-        elif monotonic() - synced_at > CLOCK_SYNC_S:
-            self._sync_clock_aside()
+        elif now - synced_at > CLOCK_SYNC_S:
+            self._aside(self._clock_lock, self._sync_clock, "farm-clock")
+        if now - self._paces_read_at > PACE_READ_S:
+            self._aside(self._paces_lock, self._read_paces, "farm-pace")
 
     def close(self) -> None:
         """Drop them all; who still waits learns of it."""
@@ -103,20 +111,24 @@ class Connections:
                 self._clock_failed_at = monotonic()
                 raise
 
-    def _sync_clock_aside(self) -> None:
-        """Measure the clock again in a thread of its own; while Redis is away the old offset serves."""
-        if not self._clock_lock.acquire(blocking=False):
+    def _aside(self, lock: threading.Lock, ask: Callable[[], None], name: str) -> None:
+        """Ask in a thread of its own, unless one does already; while Redis is away what is known serves."""
+        if not lock.acquire(blocking=False):
             return
 
-        def sync() -> None:
+        def run() -> None:
             try:
-                self._sync_clock()
+                ask()
             except QueueUnavailableError as error:
-                log.info("clock_not_synced", error=error.message)
+                log.info("redis_not_asked", by=name, error=error.message)
             finally:
-                self._clock_lock.release()
+                lock.release()
 
-        threading.Thread(target=sync, name="farm-clock", daemon=True).start()
+        threading.Thread(target=run, name=name, daemon=True).start()
+
+    def _read_paces(self) -> None:
+        self._paces_read_at = monotonic()
+        self.paces.read(live_workers.live_workers(self))
 
     def _sync_clock(self) -> None:
         asked_at = monotonic()

@@ -1,11 +1,12 @@
 """The workers that live now, as they tell of themselves in Redis."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import msgspec
 
 from tasks import names
-from tasks.connections import Connections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +14,8 @@ class WorkerView:
     """What a live worker tells of itself. ``resident`` holds digests of the specs that some host of it holds.
 
     ``epoch`` and ``epoch_id`` are those of the config it serves; a worker of an earlier release tells no id.
+    ``request_s`` is what a request takes one of its ``hosts``, in seconds, by queue, while it has more to do than they
+    can; ``weights`` those of the tenants that wait in each lane, added up.
     """
 
     incarnation: str
@@ -24,6 +27,9 @@ class WorkerView:
     resident: frozenset[str]
     transport: str
     is_ready: bool
+    hosts: int = 0
+    request_s: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class _Told(msgspec.Struct):
@@ -35,9 +41,22 @@ class _Told(msgspec.Struct):
     resident: frozenset[str] = frozenset()
     transport: str = "farm"
     ready: bool = False
+    hosts: int = 0
+    request_s: dict[str, float] = msgspec.field(default_factory=dict)
+    weights: dict[str, float] = msgspec.field(default_factory=dict)
 
 
-def live_workers(connections: Connections) -> list[WorkerView]:
+class Asks(Protocol):
+    """Who asks Redis (``tasks.connections``)."""
+
+    def ask(self, *command: Any) -> Any:
+        """One command; QueueUnavailableError if it is not answered."""
+
+    def ask_many(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """Several commands in one packet; QueueUnavailableError if they are not answered."""
+
+
+def live_workers(connections: Asks) -> list[WorkerView]:
     """The workers whose heartbeat is there; QueueUnavailableError if Redis does not answer."""
     told: dict[bytes, bytes] = connections.ask("HGETALL", names.INCARNATIONS)
     views = [view for incarnation, text in told.items() if (view := _worker(incarnation.decode(), text)) is not None]
@@ -61,4 +80,7 @@ def _worker(incarnation: str, text: bytes) -> WorkerView | None:
         resident=told.resident,
         transport=told.transport,
         is_ready=told.ready,
+        hosts=told.hosts,
+        request_s=told.request_s,
+        weights=told.weights,
     )

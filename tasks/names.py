@@ -35,6 +35,13 @@ for it, are to settle it. Once it lies a minute back, anybody may close the task
 task has no record to say that it has started: from then on its score lies half a second later (``start.lua``), and
 whoever cancels only what has not started compares it.
 """
+OPEN_BY_MODEL, OPEN_BY_TENANT, OPEN_BY_QUEUE = "farm:open:model:", "farm:open:tenant:", "farm:open:queue:"
+"""Sorted sets of the same ids with the same scores, by what admission counts: see ``slots``.
+
+What is overdue counts no more, on Redis' own clock, so a process that dies leaks no slot.
+"""
+TENANT_CLOCKS = "farm:clock:"
+"""Prefix of ``token_clock``."""
 CANCELLED = "farm:cancelled"
 """Sorted set of settled task ids whose message may still be queued, scored by when to forget them (farm clock)."""
 LOST = "farm:lost"
@@ -83,6 +90,20 @@ def unacked(incarnation: str) -> str:
 def started(incarnation: str) -> str:
     """Hash of the tags an incarnation has started to run."""
     return f"farm:started:{incarnation}"
+
+
+def slots(model: str, tenant: str, queue: str) -> tuple[str, str, str]:
+    """The sets besides ``OPEN`` in which an open task stands: its model's, its tenant's in this lane, its queue's.
+
+    A profile counts as its model.
+    """
+    base = model.partition(":")[0]
+    return OPEN_BY_MODEL + base, f"{OPEN_BY_TENANT}{tenant}:{lane_of(queue)}", OPEN_BY_QUEUE + queue
+
+
+def token_clock(tenant: str) -> str:
+    """The instant (farm clock, in seconds) at which the tenant's tokens admitted so far are paid for by its rate."""
+    return TENANT_CLOCKS + tenant
 
 
 def task_record(task_id: str) -> str:

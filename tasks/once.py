@@ -35,7 +35,7 @@ from common.errors import (
 from tasks import following, names
 from tasks.connections import Connections
 from tasks.messages import Outcome
-from tasks.publisher import RETRY_AFTER_S
+from tasks.refusals import RETRY_AFTER_S
 from tasks.submitting import Call, publish
 
 KEPT_S: Final = 24 * 3600

@@ -14,22 +14,25 @@ from typing import Any, Final
 
 import redis
 
-from common.errors import FarmError, QueueFullError, QueueUnavailableError
+from common.errors import FarmError, QueueUnavailableError
 from common.faults import fault
 from common.logs import get_logger
 from tasks import names, scripts
+from tasks.bounds import UNBOUNDED, Bounds
 from tasks.redis_line import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, RedisLine, is_out_of_memory, pack
+from tasks.refusals import RETRY_AFTER_S, refusal
 
 log = get_logger("tasks")
 
 WAIT_S: Final = 2.5
 """The longest a caller waits for its publish to be confirmed."""
-RETRY_AFTER_S: Final = 2.0
 OPEN_GRACE_S: Final = 60
 """A task stands in ``farm:open`` with a score this much behind its deadline."""
 ROUND_MESSAGES: Final = 128
 ROUND_BYTES: Final = 8 * 2**20
-_BELLS: Final = names.bell("")
+SLOTS_KEPT_S: Final = 8 * 24 * 3600
+"""Longer than any request may take: a set of open tasks that nobody touches for so long is forgotten."""
+_LANES: Final = " ".join(names.LANES)
 _TAKEN: Final = b"taken "
 
 
@@ -43,6 +46,7 @@ class Entry:
     ``record_s`` is how long the task's record is kept; None for a synchronous task, which has none. ``body_object`` is
     the body's name in the object store, if it stands there. ``once`` is what ``publish.lua`` is told of an idempotency
     key; ``taken`` is what it found there, and then nothing was published.
+    ``bounds`` and ``pace`` (``tasks.pace``) are what admission holds it to; ``request_s`` tells when to come back.
     """
 
     task_id: str
@@ -58,6 +62,10 @@ class Entry:
     operation: str = ""
     tenant: str = ""
     body_object: str | None = None
+    tokens: int = 0
+    bounds: Bounds = UNBOUNDED
+    pace: str = ""
+    request_s: float | None = None
     once: str = ""
     taken: str = ""
     queued_at: float = field(default_factory=monotonic)
@@ -138,7 +146,7 @@ class Publisher:
             return
         for entry, answer in zip(entries, answers, strict=True):
             if answer != b"ok" and not answer.startswith(_TAKEN):
-                entry.on_failure(_refusal(entry, answer))
+                entry.on_failure(_refused(entry, answer))
                 continue
             entry.taken = answer.removeprefix(_TAKEN).decode() if answer != b"ok" else ""
             entry.is_published = not entry.taken
@@ -174,24 +182,40 @@ class Publisher:
         return answers
 
     def _pack_call(self, entries: list[Entry]) -> bytes:
-        arguments: list[Any] = []
-        for entry in entries:
-            arguments += (
-                entry.task_id,
-                entry.deadline + OPEN_GRACE_S,
-                entry.raw,
-                names.body_key(entry.task_id) if entry.body else "",
-                "" if entry.record_s is None else names.task_record(entry.task_id),
-                entry.record_s or 0,
-                entry.model,
-                entry.operation,
-                entry.deadline,
-                entry.tenant,
-                entry.once,
-            )
-        queues = [entry.queue for entry in entries]
-        keys = len(entries) + 1
-        return pack("EVALSHA", scripts.sha("publish"), keys, names.OPEN, *queues, self._queue_limit, _BELLS, *arguments)
+        keys, arguments = publish_call(entries, queue_limit=self._queue_limit)
+        return pack("EVALSHA", scripts.sha("publish"), len(keys), *keys, *arguments)
+
+
+def publish_call(entries: Iterable[Entry], *, queue_limit: int) -> tuple[list[str], list[Any]]:
+    """Keys and arguments of ``publish.lua``."""
+    keys = [names.OPEN]
+    arguments: list[Any] = [
+        queue_limit,
+        names.bell(""),
+        names.OPEN_BY_TENANT,
+        names.OPEN_BY_QUEUE,
+        names.TENANT_CLOCKS,
+        _LANES,
+        SLOTS_KEPT_S,
+    ]
+    for entry in entries:
+        keys += (entry.queue, *names.slots(entry.model, entry.tenant, entry.queue))
+        arguments += (
+            entry.task_id,
+            entry.deadline + OPEN_GRACE_S,
+            entry.raw,
+            names.body_key(entry.task_id) if entry.body else "",
+            "" if entry.record_s is None else names.task_record(entry.task_id),
+            entry.record_s or 0,
+            entry.model,
+            entry.operation,
+            entry.deadline,
+            entry.tenant,
+            entry.bounds.text(entry.tokens),
+            entry.pace,
+            entry.once,
+        )
+    return keys, arguments
 
 
 def _body_s(entry: Entry) -> int:
@@ -204,10 +228,16 @@ def _unavailable(error: Exception) -> QueueUnavailableError:
     return QueueUnavailableError(f"the queue does not answer ({reason}); try again soon", retry_after_s=RETRY_AFTER_S)
 
 
-def _refusal(entry: Entry, answer: Any) -> FarmError:
-    if answer == b"full":
-        return QueueFullError(f"queue {entry.queue} is full; try again soon", retry_after_s=RETRY_AFTER_S)
-    return QueueFullError("Redis has no memory left for further requests; try again soon", retry_after_s=RETRY_AFTER_S)
+def _refused(entry: Entry, answer: bytes) -> FarmError:
+    return refusal(
+        answer.decode(),
+        queue=entry.queue,
+        model=entry.model,
+        tenant=entry.tenant,
+        bounds=entry.bounds,
+        timeout_s=entry.timeout_s,
+        request_s=entry.request_s,
+    )
 
 
 def _fail(entries: Iterable[Entry], error: FarmError) -> None:

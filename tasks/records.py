@@ -28,6 +28,7 @@ class TaskView:
     submitted: float
     deadline: float
     tenant: str = DEFAULT_TENANT
+    queue: str = ""
     outcome: Outcome | None = None
 
     def ended(self, outcome: Outcome) -> "TaskView":
@@ -50,6 +51,7 @@ def view_of(task_id: str, record: Mapping[bytes, bytes], meta: bytes | None) -> 
             submitted=float(record[b"submitted"]),
             deadline=float(record[b"deadline"]),
             tenant=record.get(b"tenant", DEFAULT_TENANT.encode()).decode(),
+            queue=record.get(b"queue", b"").decode(),
         )
     except (KeyError, ValueError) as error:
         raise MessageError(f"the record of task {task_id!r} is damaged: {error}") from error

@@ -16,8 +16,8 @@ import redis
 from common.errors import QueueUnavailableError
 from common.logs import get_logger
 from tasks import names
-from tasks.publisher import RETRY_AFTER_S
 from tasks.redis_line import connection_options
+from tasks.refusals import RETRY_AFTER_S
 
 log = get_logger("tasks")
 

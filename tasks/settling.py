@@ -4,7 +4,7 @@ Whoever removes a task from the open ones settles it, so there is one outcome ho
 hold through ``outcome.lua``; who may ask for that here is ``submitting``, ``following`` and the workers' janitor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -35,7 +35,8 @@ def end_task(connections: Connections, view: TaskView, error: FarmError) -> Task
     """Give an open asynchronous task its outcome; None if somebody else has."""
     outcome = messages.failed(view.task_id, error, model=view.model)
     result = _result(outcome, view.operation)
-    return view.ended(outcome) if _settle(connections, view.task_id, outcome.state, result) else None
+    slots = names.slots(view.model, view.tenant, view.queue)
+    return view.ended(outcome) if _settle(connections, view.task_id, outcome.state, result, slots) else None
 
 
 def lost_outcome(view: TaskView) -> Outcome:
@@ -43,9 +44,12 @@ def lost_outcome(view: TaskView) -> Outcome:
     return messages.failed(view.task_id, overdue_error(), model=view.model)
 
 
-def end_overdue_request(connections: Connections, task_id: str) -> bool:
-    """Take a synchronous request's right to answer back from a worker; false if it has been used."""
-    return _settle(connections, task_id, "failed", b"")
+def end_overdue_request(connections: Connections, task_id: str, slots: Sequence[str]) -> bool:
+    """Take a synchronous request's right to answer back from a worker; false if it has been used.
+
+    ``slots``: as ``names.slots`` gives them.
+    """
+    return _settle(connections, task_id, "failed", b"", slots)
 
 
 def close_overdue(script: Callable[[str, list[str], list[Any]], Answer], *, result_ttl_s: int) -> Answer:
@@ -68,9 +72,9 @@ def close_overdue(script: Callable[[str, list[str], list[Any]], Answer], *, resu
     return script("close_overdue", [names.OPEN], arguments)
 
 
-def _settle(connections: Connections, task_id: str, state: str, result: bytes) -> bool:
+def _settle(connections: Connections, task_id: str, state: str, result: bytes, slots: Sequence[str]) -> bool:
     """Close an open task; false if somebody else has. ``result`` is empty if nobody will read one."""
-    keys = names.settled_keys(task_id)
+    keys = [*names.settled_keys(task_id), *slots]
     answer: int = connections.script("settle", keys, [task_id, state, result, connections.result_ttl_s, CANCELLED_S])
     return answer == 1
 

@@ -12,11 +12,13 @@ from uuid import uuid4
 from common.errors import QueueUnavailableError
 from tasks import messages, names
 from tasks.batching import batch_key
+from tasks.bounds import UNBOUNDED, Bounds
 from tasks.connections import Connections
 from tasks.large import drop_body, put_body, whole
 from tasks.messages import INLINE_BODY_BYTES, Outcome, Request, Ticket
 from tasks.names import Lane, Operation, queue_name
-from tasks.publisher import OPEN_GRACE_S, RETRY_AFTER_S, WAIT_S, Entry
+from tasks.publisher import OPEN_GRACE_S, WAIT_S, Entry
+from tasks.refusals import RETRY_AFTER_S
 from tasks.replies import Waiter
 from tasks.settling import end_overdue_request, overdue_error
 
@@ -46,13 +48,14 @@ class Call:
     trace: str | None = None
     query_id: str | None = None
     images: int = 0
+    bounds: Bounds = UNBOUNDED
 
 
 def submit(connections: Connections, call: Call, *, asynchronous: bool) -> str:
     """Publish a request and return its task id once Redis has confirmed.
 
     Raises:
-        QueueFullError: refused; nothing was published.
+        QueueFullError, RateLimitError: refused; nothing was published.
         QueueUnavailableError: no confirmation within 2.5 s.
     """
     return publish(connections, call, asynchronous=asynchronous).task_id
@@ -81,7 +84,7 @@ def run(connections: Connections, call: Call, has_left: Callable[[], bool] | Non
     """Submit a request and wait for its outcome, which may carry an error; ``has_left``: as for ``Callers``.
 
     Raises:
-        QueueFullError, QueueUnavailableError: as ``submit``.
+        QueueFullError, RateLimitError, QueueUnavailableError: as ``submit``.
         DeadlineExceededError: nobody answered in time, and now nobody will.
         CancelledError: the caller has gone, and nobody had started its request.
     """
@@ -135,6 +138,10 @@ def _entry(
         model=call.model,
         operation=call.operation.value,
         tenant=call.tenant,
+        tokens=call.tokens,
+        bounds=call.bounds,
+        pace=connections.paces.text(queue, weight=call.bounds.weight, timeout_s=call.timeout_s),
+        request_s=connections.paces.request_s(queue),
     )
 
 
@@ -182,21 +189,22 @@ def _await_reply(connections: Connections, entry: Entry, waiter: Waiter, until: 
     if not waiter.wait(min(until, entry.queued_at + WAIT_S) - monotonic()) and not entry.is_published:
         _await_publish(waiter, entry)
     if not waiter.wait(until - monotonic()):
-        if _has_given_up(connections, entry.task_id):
+        if _has_given_up(connections, entry):
             raise overdue_error()
         waiter.wait(LATE_REPLY_S)
     if waiter.error is not None:
         if waiter.is_given_up:
-            _has_given_up(connections, entry.task_id)
+            _has_given_up(connections, entry)
         raise waiter.error
     if waiter.outcome is None:
         raise overdue_error()
     return waiter.outcome
 
 
-def _has_given_up(connections: Connections, task_id: str) -> bool:
+def _has_given_up(connections: Connections, entry: Entry) -> bool:
     """Whether nobody will answer the overdue request any more; false if somebody just has."""
     try:
-        return end_overdue_request(connections, task_id)
+        slots = names.slots(entry.model, entry.tenant, entry.queue)
+        return end_overdue_request(connections, entry.task_id, slots)
     except QueueUnavailableError:
         return True  # nobody can answer while Redis is away, and the caller's time is up

@@ -23,6 +23,7 @@ import redis
 from sqlalchemy.orm import Session
 
 from common.clock import FarmClock
+from common.errors import FarmError
 from config_db.catalog import apply_models
 from config_db.engine import open_engine
 from config_db.spec import ModelSpec, Source
@@ -30,6 +31,7 @@ from tasks import messages, names, scripts
 from tasks.batching import batch_key
 from tasks.messages import Outcome, Request, Ticket
 from tasks.names import Lane, Operation, queue_name
+from tasks.publisher import Entry, publish_call
 from tests.services import DYING_WITH_US, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +44,10 @@ def fake_spec(model: str = FAKE, *, directory: Path | str = "/", **options: Any)
     return ModelSpec(
         id=model, family="fake", source=Source(path=str(directory)), dims={"dense": 4}, options={"dim": 4, **options}
     )
+
+
+def raise_error(error: FarmError) -> None:
+    raise error
 
 
 @dataclass
@@ -218,24 +224,22 @@ class LiveFarm:
         return [task_id for task_id, *_ in made]
 
     def _publish(self, made: Sequence[tuple[str, Ticket, bytes, str]]) -> None:
-        arguments: list[Any] = [1_000_000, names.bell("")]
-        for task_id, ticket, raw, _ in made:
-            record = names.task_record(task_id) if ticket.asynchronous else ""
-            arguments += [
+        entries = [
+            Entry(
                 task_id,
-                ticket.deadline + 60,
+                queue,
                 raw,
-                "",
-                record,
-                3600,
-                ticket.model,
-                ticket.operation,
                 ticket.deadline,
-                ticket.tenant,
-                "",
-            ]
-        queues = [queue for *_, queue in made]
-        answers: Any = self.redis.eval(scripts.source("publish"), len(queues) + 1, names.OPEN, *queues, *arguments)
+                on_failure=raise_error,
+                record_s=3600 if ticket.asynchronous else None,
+                model=ticket.model,
+                operation=ticket.operation,
+                tenant=ticket.tenant,
+            )
+            for task_id, ticket, raw, queue in made
+        ]
+        keys, arguments = publish_call(entries, queue_limit=1_000_000)
+        answers: Any = self.redis.eval(scripts.source("publish"), len(keys), *keys, *arguments)
         assert set(answers) == {b"ok"}
 
     def waiting(self, lane: Lane = Lane.INTERACTIVE) -> int:

@@ -47,6 +47,7 @@ class Taken:
     request: Request
     reply_to: str | None
     raw: bytes
+    queue: str
 
 
 class StandIn:
@@ -92,7 +93,9 @@ class StandIn:
         if ticket.body_key is not None:
             body = self.redis.get(ticket.body_key)
         _, request = messages.decode_body(body)
-        taken = Taken(envelope["headers"]["id"], ticket, request, envelope["properties"]["reply_to"], raw)
+        properties = envelope["properties"]
+        queue = properties["delivery_info"]["routing_key"]
+        taken = Taken(envelope["headers"]["id"], ticket, request, properties["reply_to"], raw, queue)
         self.hold(taken)
         return taken
 
@@ -153,6 +156,9 @@ class StandIn:
             "",
             "",
             1,
+            *names.slots(ticket.model, ticket.tenant, one.queue),
+            "",
+            0,
         ]
 
     def _outcome(self, one: Taken, error: FarmError | None) -> Outcome:

@@ -18,6 +18,7 @@ from webapp.adapter_admission import choose_adapter
 from webapp.admission import Admitted
 from webapp.auth.principals import principal
 from webapp.farm import Farm, farm
+from webapp.limits import bounds_of
 from webapp.wire import answers, bodies
 from webapp.wire.headers import is_msgpack_body, read_idempotency_key, say_replayed
 
@@ -96,6 +97,7 @@ def _call(
     spec, request, tokens, images = admit(spec, body, here.settings)
     adapter, request.options = choose_adapter(here.served, spec, operation, request.options)
     route = routing.choose(here, spec, asynchronous=asynchronous)
+    tenant = principal().tenant
     return Call(
         model=spec.id,
         spec=spec.digest,
@@ -110,6 +112,7 @@ def _call(
         machine_profile=route.machine_profile,
         timeout_s=routing.timeout_s(here, spec, asynchronous=asynchronous),
         epoch=epoch,
-        tenant=principal().tenant,
+        tenant=tenant,
+        bounds=bounds_of(here, spec, tenant),
         query_id=getattr(request.query, "id", None),
     )

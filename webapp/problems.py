@@ -24,7 +24,9 @@ from common.errors import (
     ModelLoadError,
     ModelUnsupportedError,
     NotFoundError,
+    RateLimitError,
     RequestError,
+    TenantLimitError,
     UnauthenticatedError,
 )
 from common.logs import get_logger
@@ -43,6 +45,8 @@ STATUS: Final[dict[type[FarmError], int]] = {
     MediaTypeError: 415,
     BodyTooLargeError: 413,
     CapacityError: 503,
+    TenantLimitError: 429,
+    RateLimitError: 429,
     ModelLoadError: 502,
     DeadlineExceededError: 504,
     UnauthenticatedError: 401,

@@ -21,6 +21,8 @@ LANE_HEADER: Final = "X-Farmhand-Lane"
 PRIORITY_HEADER: Final = "X-Priority"
 """Another name of the same."""
 TIMEOUT_HEADER: Final = "X-Farmhand-Timeout"
+DEADLINE_HEADER: Final = "X-Deadline-Ms"
+"""The same in milliseconds; it goes before the other."""
 MAX_TIMEOUT_S: Final = 7 * 24 * 3600.0
 
 
@@ -69,16 +71,20 @@ def choose(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Route:
 
 def timeout_s(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> float:
     """Seconds until the deadline: the caller's, else the model's, else the default of its kind."""
-    asked = request.environ.get("HTTP_X_FARMHAND_TIMEOUT")
+    name, unit, per_s = DEADLINE_HEADER, "milliseconds", 1000.0
+    asked = request.environ.get("HTTP_X_DEADLINE_MS")
+    if asked is None:
+        name, unit, per_s = TIMEOUT_HEADER, "seconds", 1.0
+        asked = request.environ.get("HTTP_X_FARMHAND_TIMEOUT")
     if asked is None:
         settings = farm.settings
         return settings.async_timeout_s if asynchronous else spec.limits.timeout_s or settings.sync_timeout_s
     try:
-        seconds = float(asked)
+        seconds = float(asked) / per_s
     except ValueError:
         seconds = 0.0
     if not isfinite(seconds) or not 0 < seconds <= MAX_TIMEOUT_S:
-        raise RequestError(f"{TIMEOUT_HEADER} takes seconds between 0 and {MAX_TIMEOUT_S:.0f}", param=TIMEOUT_HEADER)
+        raise RequestError(f"{name} takes {unit} between 0 and {MAX_TIMEOUT_S * per_s:.0f}", param=name)
     return seconds
 
 

@@ -34,6 +34,7 @@ from workers.revisions import Revisions
 from workers.scheduler import Pick, Scheduler, Work
 from workers.settling import Settler
 from workers.slices import cut_body
+from workers.throughput import Part, Throughput
 
 log = get_logger("workers")
 
@@ -99,6 +100,7 @@ class Dispatcher:
         self._incarnation = incarnation
         self._on_residency = on_residency
         self._runs_here = runs_here
+        self.throughput = Throughput()
         self._revisions = Revisions()
         self._fetches = AdapterFetches(settler, self._schedule)
         self._joiner = Joiner(intake, settler)
@@ -134,6 +136,15 @@ class Dispatcher:
         """Micro-batches at the hosts."""
         return len(self._running)
 
+    def load(self) -> dict[str, Any]:
+        """What admission reckons with, as ``tasks.live_workers`` reads it, and seconds computed so far."""
+        return {
+            "request_s": self.throughput.request_s(),
+            "weights": self._scheduler.weight_by_lane(),
+            "computed_s": round(self.throughput.computed_s, 1),
+            "late_s": round(self.throughput.late_s, 3),
+        }
+
     def stop_picking(self) -> None:
         """Send no further micro-batch: the worker shuts down."""
         self._draining = True
@@ -149,6 +160,7 @@ class Dispatcher:
         for running in self._running.values():
             self._scheduler.finished(running.pick)
         self._running.clear()
+        self.throughput.forget_running()
         self._fetches.forget_waiting()
 
     def preloads(self) -> list[ModelSpec]:
@@ -177,6 +189,7 @@ class Dispatcher:
     def tick(self) -> None:
         """What is due by time: expiry, hints to the hosts."""
         now = monotonic()
+        self.throughput.tend(now)
         self._expire(now)
         self._fetches.tick(now)
         self._change_revisions(now)
@@ -232,7 +245,7 @@ class Dispatcher:
 
     def on_batch_done(
         self,
-        host: int,  # noqa: ARG002 - HostEvents names it
+        host: int,
         batch: int,
         results: list[PartResult],
         timing: BatchTiming,
@@ -244,6 +257,7 @@ class Dispatcher:
         self._kick()
         if running is None:
             return
+        self.throughput.done(host, batch, monotonic(), map(_part, running.pick.works, running.slices))
         spent_s = (timing.inference_ms + timing.tokenization_ms) / 1000
         self._scheduler.pace.learn(running.pick.key, max(1, timing.tokens), spent_s)
         fault("worker.batch_done")
@@ -256,6 +270,7 @@ class Dispatcher:
         """Run what it held again: innocent batches as they were, suspects in halves until the culprit stands alone."""
         log.warning("host_lost", host=host, reason=reason, suspects=len(suspects), innocent=len(innocent))
         self._fetches.on_host_lost(host)
+        self.throughput.lost(host, [*innocent, *suspects])
         self._on_residency()
         for batch in [*innocent, *suspects]:
             running = self._running.pop(batch, None)
@@ -315,6 +330,7 @@ class Dispatcher:
                     elsewhere={digest for other in views if other is not view for digest in other.resident},
                     hosts=len(free) - place,
                     spread=alone - sum(1 for held in depth.values() if held),
+                    lead_s=self.throughput.lead_s,
                 )
                 is_gathering |= self._scheduler.is_gathering
                 if pick is not None:
@@ -339,6 +355,7 @@ class Dispatcher:
             return
         batch, self._next_batch = self._next_batch, self._next_batch + 1
         self._running[batch] = _Running(pick, slices)
+        self.throughput.sent(batch, pick.spec, now, counts=not pick.loads and len(self._scheduler) > 0)
         self._mark_started([part.held for part in slices], now)
         fault("worker.started")
         first, adapters = slices[0].held.ticket, tuple(part.held.ticket.adapter for part in slices)
@@ -406,7 +423,7 @@ class Dispatcher:
         for work in self._scheduler.take_expired(now):
             part = self._slices.get(work.id)
             if part is not None and not part.held.is_settling:
-                late = DeadlineExceededError("the deadline passed while the request was waiting")
+                late = DeadlineExceededError("the request could not be served before its deadline")
                 self._settler.fail(part.held, late)
 
     def _halve(self, works: list[Work], reason: str) -> None:
@@ -424,3 +441,8 @@ class Dispatcher:
             else:
                 error = HostLostError(f"the model process died while running this request alone ({reason})")
                 self._settler.fail(held, error)
+
+
+def _part(work: Work, part: Slice) -> Part:
+    held = part.held
+    return Part(held.queue, work.tokens, 1 / len(held.works), held.deadline)

@@ -85,6 +85,7 @@ class Farm:
             self.link,
             self.aside,
             result_ttl_s=settings.result_ttl_s,
+            tokens_per_minute=self._tokens_per_minute,
             kombu_keys=None if self.is_batch_popping else KOMBU_KEYS,
             on_settled=lambda *settled: self.settler.on_settled(*settled),
         )
@@ -130,6 +131,10 @@ class Farm:
         """Whether this worker reads through our transport; on the fallback, kombu reads and records."""
         return self.settings.transport == "farm"
 
+    def _tokens_per_minute(self, tenant: str) -> int:
+        spec = self.reader.current.tenants.get(tenant)
+        return spec.quotas.tokens_per_minute or 0 if spec is not None else 0
+
     def describe(self) -> dict[str, Any]:
         """What other processes may know of this worker."""
         hosts = self.hosts.hosts()
@@ -145,6 +150,7 @@ class Farm:
             "ready": bool(hosts),
             "hosts": len(hosts),
             "resident": sorted({digest for host in hosts for digest in host.resident}),
+            **self.dispatcher.load(),
         }
 
     # -- what Celery's steps call -----------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class OutcomeWriter:
         link: the incarnation's own connection.
         aside: where outcomes go that are too large for Redis.
         result_ttl_s: how long an asynchronous result is kept.
+        tokens_per_minute: how many a tenant may spend; 0: any number.
         kombu_keys: unacknowledged hash and index of kombu's own transport on the fallback; None with ours.
         on_settled: called for each held request when Redis has confirmed, with whether this call answered it.
     """
@@ -60,12 +61,14 @@ class OutcomeWriter:
         aside: Aside,
         *,
         result_ttl_s: int,
+        tokens_per_minute: Callable[[str], int],
         kombu_keys: tuple[str, str] | None,
         on_settled: Callable[[Held, Outcome, bool], None],
     ) -> None:
         self._link = link
         self._aside = aside
         self._result_ttl_s = result_ttl_s
+        self._tokens_per_minute = tokens_per_minute
         self._kombu_keys = kombu_keys
         self._on_settled = on_settled
         self._waiting: list[_Pending] = []
@@ -100,7 +103,10 @@ class OutcomeWriter:
             )
             fallback = self._blob(held, gone, kind)
         written = fallback if staged else blob
-        fields = _fields(held, outcome, kind=kind, where=where, blob=written, staged=staged, dead=dead)
+        fields = (
+            *_fields(held, outcome, kind=kind, where=where, blob=written, staged=staged, dead=dead),
+            *self._release(held),
+        )
         self._waiting.append(_Pending(held, outcome, staged, blob, fields, len(written)))
 
     def _put_aside(self, held: Held, outcome: Outcome, kind: str) -> None:
@@ -160,6 +166,16 @@ class OutcomeWriter:
                 self._aside.delete(pending.held.ticket.body_object)
             self._on_settled(pending.held, pending.outcome, answer == 1)
 
+    def _release(self, held: Held) -> tuple[bytes, ...]:
+        """The fields that give back what admission has counted: the slots, and tokens estimated and not used."""
+        ticket = held.ticket
+        slots = names.slots(ticket.model, ticket.tenant, held.queue)
+        per_minute = self._tokens_per_minute(ticket.tenant)
+        clock, wrong_s = "", 0.0
+        if per_minute:
+            clock, wrong_s = names.token_clock(ticket.tenant), (held.tokens_used - ticket.tokens) * 60 / per_minute
+        return tuple(text.encode() for text in (*slots, clock, f"{wrong_s:.6f}"))
+
     def _blob(self, held: Held, outcome: Outcome, kind: str) -> bytes:
         if kind == "reply":
             return messages.encode_outcome(outcome)
@@ -179,7 +195,7 @@ def _destination(held: Held, outcome: Outcome) -> tuple[str, str]:
 def _fields(
     held: Held, outcome: Outcome, *, kind: str, where: str, blob: bytes, staged: str, dead: str
 ) -> tuple[bytes, ...]:
-    """One message's fourteen fields, in the order ``outcome.lua`` documents."""
+    """One message's first fields, in the order ``outcome.lua`` documents; ``_release`` has the rest."""
     ticket = held.ticket
     texts = (
         staged,

@@ -3,23 +3,22 @@
 Owns what waits, and how often each model and tenant was served. A batch is formed at the last moment, when a host is
 free: the HEAD is the request that must be served next (lane, then tenant, then arrival; a resident model's before an
 absent one's, until that is overdue); the batch is filled with all that shares the head's key; each tenant is charged
-its tokens. ``dispatch`` asks; one thread owns it; instants are monotonic seconds handed in by the caller.
+its tokens. An experiment starts, and has a model loaded, only while nothing of another lane waits, and shares no batch
+with other lanes. ``dispatch`` asks; one thread owns it; instants are monotonic seconds handed in by the caller.
 """
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Final
 
 from tasks.names import LANES, Lane
 from workers.pace import Pace
+from workers.turns import SPARE, Tenants, Turns
 
-_LOWER: Final = LANES[1:]
-_SPARE: Final = 1024
-"""Entries of works and tenants that wait no more are cleared away once there are so many more than live ones."""
 _arrived = attrgetter("arrived")
+_NO_LEADS: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,73 +122,6 @@ class _Group:
     tokens: int = 0
 
 
-class _Tenants:
-    """Who has been served how much, in tokens over weight. Who was away has saved up nothing."""
-
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self.weights = weights
-        self._served: dict[str, float] = {}
-        self._waiting: dict[str, int] = {}
-        self._present = 0.0
-
-    def enter(self, tenant: str) -> None:
-        """A work of this tenant begins to wait."""
-        waiting = self._waiting.get(tenant, 0)
-        self._waiting[tenant] = waiting + 1
-        if waiting == 0:
-            self._served[tenant] = max(self._served.get(tenant, 0.0), self._present)
-            if len(self._served) > 2 * len(self._waiting) + _SPARE:
-                self._served = {one: self._served[one] for one in self._waiting}
-
-    def leave(self, tenant: str) -> None:
-        """A work of this tenant waits no more."""
-        self._waiting[tenant] -= 1
-        if self._waiting[tenant] == 0:
-            del self._waiting[tenant]
-
-    def lead(self, tenant: str) -> None:
-        """The head is this tenant's: whoever comes now starts no further back than it stands."""
-        self._present = max(self._present, self._served[tenant])
-
-    def charge(self, tenant: str, tokens: int) -> None:
-        """A work of this tenant, which still counts as waiting, is served."""
-        self._served[tenant] += tokens / self.weights.get(tenant, 1.0)
-
-    def served(self, tenant: str) -> float:
-        """What a waiting tenant has had."""
-        return self._served[tenant]
-
-    def in_turn(self, tenants: Collection[str]) -> Iterable[str]:
-        """Waiting tenants, the least served first."""
-        return sorted(tenants, key=self._served.__getitem__) if len(tenants) > 1 else tenants
-
-
-class _Turns:
-    """Which lane comes first: the most urgent, but every so often a lower one that has work, which keeps its turn."""
-
-    def __init__(self, lower_every: int) -> None:
-        self._lower_every = lower_every
-        self._rotation = deque(_LOWER)
-        self._due: list[Lane] = []
-        self._count = 0
-
-    def order(self) -> Sequence[Lane]:
-        """Lanes to look for a head in."""
-        return (*self._due, *LANES)
-
-    def taken(self, lane: Lane, waiting: Mapping[Lane, Sized]) -> None:
-        """The head was of this lane."""
-        self._count += 1
-        if lane in self._due:
-            self._due.remove(lane)
-        if self._count % self._lower_every == self._lower_every - 1:  # the next one is a lower lane's
-            lower = next((one for one in self._rotation if waiting[one] and one not in self._due), None)
-            if lower is not None:
-                self._due.append(lower)
-                self._rotation.remove(lower)
-                self._rotation.append(lower)
-
-
 class Scheduler:
     """Holds waiting works and forms the next micro-batch."""
 
@@ -204,13 +136,13 @@ class Scheduler:
         self._together: deque[tuple[Work, ...]] = deque()
         self._deadlines: list[tuple[float, int]] = []
         self._expired: list[Work] = []
-        self._tenants = _Tenants(policy.tenant_weights)
+        self._tenants = Tenants(policy.tenant_weights)
         self._models: dict[str, _Model] = {}
         self._loads_running = 0
         self._running: Counter[str] = Counter()
         self._no_load_before = float("-inf")
-        self._pick_turns = _Turns(policy.lower_every)
-        self._hint_turns = _Turns(policy.lower_every)
+        self._pick_turns = Turns(policy.lower_every)
+        self._hint_turns = Turns(policy.lower_every)
 
     def __len__(self) -> int:
         return len(self._works)
@@ -220,6 +152,15 @@ class Scheduler:
         """Works that wait, by lane; a full count, for those who ask now and then."""
         counts = Counter(work.lane for work, _ in self._works.values())
         return {lane: counts[lane] for lane in LANES}
+
+    def weight_by_lane(self) -> dict[Lane, float]:
+        """The weights of the tenants that wait, added up, by lane."""
+        weights = self._tenants.weights
+        return {
+            lane: sum(weights.get(tenant, 1.0) for tenant in tenants)
+            for lane, tenants in self._lanes.items()
+            if tenants
+        }
 
     def has_waiting(self, spec: str) -> bool:
         """Whether any work waits for this spec; looks through all, for those who ask now and then."""
@@ -275,7 +216,7 @@ class Scheduler:
         self._works[work.id] = (work, line)
         self._tenants.enter(work.tenant)
         heapq.heappush(self._deadlines, (work.deadline, work.id))
-        if len(self._deadlines) > 2 * len(self._works) + _SPARE:  # most were served long before their deadline
+        if len(self._deadlines) > 2 * len(self._works) + SPARE:  # most were served long before their deadline
             self._deadlines = [(waiting.deadline, work_id) for work_id, (waiting, _) in self._works.items()]
             heapq.heapify(self._deadlines)
 
@@ -350,6 +291,7 @@ class Scheduler:
         elsewhere: Container[str] = (),
         hosts: int = 1,
         spread: int | None = None,
+        lead_s: Mapping[str, float] = _NO_LEADS,
     ) -> Pick | None:
         """Form the next micro-batch for one free host; None if nothing should run there now.
 
@@ -361,6 +303,8 @@ class Scheduler:
             hosts: hosts that are free now: the batch takes its share of what waits, so that they run side by side.
             spread: over how many more of them the small batches of one key may be spread; none left: such a batch
                 gathers company, and ``is_gathering`` tells. None: over any number.
+            lead_s: how long a micro-batch of a spec takes, as far as it is known: what would be late by then is set
+                aside with what is late already.
         """
         self._expire(now)
         self.is_gathering = False
@@ -369,17 +313,19 @@ class Scheduler:
             return again
         gather_at = now if spread is not None and spread <= 0 else None
         head = self._head(now, resident, loading, elsewhere, gather_at)
-        if head is None:
-            return None
-        self._pick_turns.taken(head.lane, self._lanes)
-        if spread is not None and self._is_small(head.group, hosts):
-            hosts = min(hosts, max(1, spread))
-        return self._fill(head, resident, hosts)
+        while head is not None:
+            free = min(hosts, max(1, spread)) if spread is not None and self._is_small(head.group, hosts) else hosts
+            works = self._fill(head, free, done_at=now + lead_s.get(head.spec, 0.0))
+            if works:
+                self._pick_turns.taken(head.lane, self._lanes)
+                return self._take(works, resident)
+            head = self._head(now, resident, loading, elsewhere, gather_at)
+        return None
 
     def next_absent(self, now: float, *, resident: Container[str]) -> str | None:
         """The spec that will be wanted next and is not resident; a hint to load it in the background."""
         self._expire(now)
-        for lane in self._hint_turns.order():
+        for lane in self._order(self._hint_turns):
             line = self._overdue(lane, now, resident) or self._absent(lane, resident, ())
             if line is not None:
                 self._hint_turns.taken(lane, self._lanes)
@@ -408,7 +354,7 @@ class Scheduler:
         Overdue work is served before resident work only in its turn: a flood for absent models cannot starve the rest.
         """
         may_load = self._loads_running == 0 and now >= self._no_load_before
-        lanes = self._pick_turns.order()
+        lanes = self._order(self._pick_turns)
         for lane in lanes:
             overdue = self._overdue(lane, now, resident, loading, self.policy.foreground_load_s) if may_load else None
             ready = [line for line in (overdue, self._resident(lane, resident, gather_at)) if line is not None]
@@ -416,6 +362,12 @@ class Scheduler:
                 return min(ready, key=self._turn)
         absent = (self._absent(lane, resident, elsewhere) for lane in lanes)
         return next((line for line in absent if line is not None), None)
+
+    def _order(self, turns: Turns) -> Sequence[Lane]:
+        """Lanes to look in: experiments only while nothing else waits, whether or not it could run now."""
+        if any(self._lanes[lane] for lane in LANES if lane is not Lane.EXPERIMENT):
+            return tuple(lane for lane in turns.order() if lane is not Lane.EXPERIMENT)
+        return (Lane.EXPERIMENT,)
 
     # Comprehensions over lines, not a candidate object each: of 1000 keys the next is found in 0.1 ms instead of 0.7.
 
@@ -483,34 +435,49 @@ class Scheduler:
     def _turn(self, line: _Line) -> tuple[float, float]:
         return self._tenants.served(line.tenant), line.arrived
 
-    def _fill(self, head: _Line, resident: Container[str], hosts: int) -> Pick:
-        """The head and all that shares its key, up to the limits and to this host's share."""
+    def _fill(self, head: _Line, hosts: int, *, done_at: float) -> list[Work]:
+        """The head and all that shares its key, up to the limits and to this host's share; none if all are late.
+
+        What would be late when this is done is set aside, for ``take_expired``.
+        """
         first = head.queue[0]
         share = -(-head.group.waiting // hosts) * max(1, first.items)
         most_items, most_tokens = min(self._limits.max_items, share), self._limits.max_tokens
-        self._tenants.lead(first.tenant)
         works: list[Work] = []
+        late: list[Work] = []
         items = tokens = 0
         for line in self._in_turn(head):
             for work in line.queue:
                 if work.id not in self._works:
+                    continue
+                if work.deadline <= done_at:
+                    late.append(work)
                     continue
                 if works and (items + work.items > most_items or tokens + work.tokens > most_tokens):
                     break
                 works.append(work)
                 items += work.items
                 tokens += work.tokens
-        return self._take(works, resident)
+        if works:
+            self._tenants.lead(first.tenant)
+        for work in late:
+            self.remove(work.id)
+        self._expired += late
+        return works
 
     def _in_turn(self, head: _Line) -> Sequence[_Line]:
-        """The lines of the head's group: its own, its lane's, the other lanes'; the least served tenant first."""
+        """The lines of the head's group: its own, its lane's, the other lanes'; the least served tenant first.
+
+        Experiments stay among themselves.
+        """
 
         def turn(line: _Line) -> tuple[bool, bool, int, float]:
             other_lane = line.lane is not head.lane
             return line is not head, other_lane, LANES.index(line.lane), self._tenants.served(line.tenant)
 
-        lines = head.group.lines
-        return sorted(lines.values(), key=turn) if len(lines) > 1 else (head,)
+        experiment = head.lane is Lane.EXPERIMENT
+        lines = [line for line in head.group.lines.values() if (line.lane is Lane.EXPERIMENT) is experiment]
+        return sorted(lines, key=turn) if len(lines) > 1 else (head,)
 
     def _take(self, works: Sequence[Work], resident: Container[str]) -> Pick:
         """Remove these from what waits, charge their tenants, and count their batch as running."""

@@ -3,12 +3,14 @@
 -- reply or result, releases admission and books usage. The open task is the right to answer.
 -- KEYS: 1 unacknowledged records, 2 started marks, 3 open tasks, 4 lost counts, 5 dead letters, 6 usage of the day,
 --       7 index of kombu's own unacknowledged records ('' with our transport).
--- ARGV: 1 seconds a result is kept, 2 seconds a reply is kept, then 14 fields a message:
+-- ARGV: 1 seconds a result is kept, 2 seconds a reply is kept, then 19 fields a message:
 --   tag, task id, admitted (1/0), kind (reply, result, none), where (reply list or result key), blob,
 --   staged (key of a large blob written before, or ''; the blob given here then stands in should it have gone), task record ('' if none), state, body key ('' if none),
---   lost (digest under which losses are counted, or ''), dead letter ('' if none), usage field, tokens.
+--   lost (digest under which losses are counted, or ''), dead letter ('' if none), usage field, tokens,
+--   the sets of its model, of its tenant in its lane and of its queue, in which it was counted at admission,
+--   its tenant's token clock ('' if none), seconds by which that is wrong.
 -- Returns one number a message: 1 answered, 0 somebody else had answered, -1 the record was not ours any more.
-local FIELDS = 14
+local FIELDS = 19
 local result_s, reply_s = ARGV[1], ARGV[2]
 local answers, usage, order = {}, {}, {}
 for at = 3, #ARGV, FIELDS do
@@ -23,6 +25,11 @@ for at = 3, #ARGV, FIELDS do
     answer = 0
     if admitted == '0' or redis.call('ZREM', KEYS[3], id) == 1 then
       answer = 1
+      if admitted == '1' then
+        for i = 14, 16 do redis.call('ZREM', ARGV[at + i], id) end
+        local clock = ARGV[at + 17]
+        if clock ~= '' and redis.call('EXISTS', clock) == 1 then redis.call('INCRBYFLOAT', clock, ARGV[at + 18]) end
+      end
       if kind == 'reply' then
         redis.call('RPUSH', where, blob)
         redis.call('EXPIRE', where, reply_s)

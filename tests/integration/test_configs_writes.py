@@ -236,16 +236,6 @@ def test_what_a_newer_release_wrote_is_not_taken_away(writes: Written, method: s
     assert writes.web.http.put(f"{MODELS}/{name}", json=document(name)).status_code == 200
 
 
-def test_what_nothing_heeds_yet_is_told(writes: Written) -> None:
-    fields = {"limits": {"queue_limit": 3}}
-    added = writes.web.http.post(MODELS, json=document("unheeded/m", **fields))
-    put = writes.web.http.put(f"{MODELS}/unheeded/m", json=document("unheeded/m", **fields))
-    patched = writes.web.http.patch(f"{MODELS}/unheeded/m", json={"max_length": 5})
-    for answer in (added, put, patched):
-        assert [warning.split()[0] for warning in answer.json()["warnings"]] == ["limits.queue_limit"]
-    assert writes.post("heeded/m").json()["warnings"] == []
-
-
 def test_however_much_is_left_out_an_answer_is_short(writes: Written) -> None:
     """It is kept for a day."""
     unknown = {f"unknown-{n}": 0 for n in range(5_000)} | {"x" * 10_000: 0}

@@ -1,5 +1,6 @@
 """Outcomes as a worker writes them: what one request's does to its neighbours', and one incarnation's to another's."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from kombu.asynchronous import Hub
 
 from common.clock import FarmClock
+from common.errors import DeadlineExceededError
 from tasks import messages, names
 from tasks.messages import INLINE_OUTCOME_BYTES, Outcome, Ticket
 from tasks.names import Operation
@@ -20,6 +22,7 @@ from workers.redis_link import RedisLink
 from workers.settling import Settler
 
 EMPTY = msgspec.Raw(b"\x90")
+QUOTAS = defaultdict(int, bounded=600)
 REPLIES = names.reply_list("test-outcomes")
 
 
@@ -39,7 +42,12 @@ class Worker:
         self.intake = Intake(IntakeLimits(100, 1000, 100_000))
         self.settled: list[tuple[str, bool]] = []
         self.outcomes = OutcomeWriter(
-            self.link, Aside(None, FarmClock()), result_ttl_s=60, kombu_keys=None, on_settled=self.on_settled
+            self.link,
+            Aside(None, FarmClock()),
+            result_ttl_s=60,
+            tokens_per_minute=QUOTAS.__getitem__,
+            kombu_keys=None,
+            on_settled=self.on_settled,
         )
         self.settler = Settler(self.intake, self.outcomes, forget=lambda _: None)
         self.link.register(self.hub)
@@ -49,7 +57,7 @@ class Worker:
         self.settler.on_settled(held, outcome, answered)
         self.settled.append((held.id, answered))
 
-    def hold(self, redis: Any, task_id: str, tag: int, *, asynchronous: bool = False) -> Held:
+    def hold(self, redis: Any, task_id: str, tag: int, *, asynchronous: bool = False, tenant: str = "t") -> Held:
         """Take a request in, as a pop would have."""
         redis.hset(names.unacked(self.incarnation), tag, "queue\nraw")
         redis.zadd(names.OPEN, {task_id: 2e9})
@@ -64,7 +72,7 @@ class Worker:
         )
         ticket = Ticket(
             model="m", spec="s", operation=Operation.ENCODE, key="k", items=1, tokens=1, deadline=2e9, published=0.0,
-            asynchronous=asynchronous,
+            asynchronous=asynchronous, tenant=tenant,
         )  # fmt: skip
         held = Held(tag, self.incarnation, request, ticket, b"", "farm.default.cpu.interactive", 0, "", 0.0, 2e9)
         self.intake.add(held)
@@ -121,3 +129,18 @@ def test_a_second_computing_takes_no_large_result_away(workers: list[Worker], re
     assert ref is not None
     assert redis.strlen(ref) > INLINE_OUTCOME_BYTES
     assert redis.keys(f"{names.result_key('t')}*") == [ref.encode()]
+
+
+def test_tokens_that_were_not_used_are_given_back(workers: list[Worker], redis_server: RedisServer) -> None:
+    """Estimated as 1 token each: one used 31, one failed before it was computed, one is nobody's who has a quota."""
+    redis, worker = redis_server.client(), workers[0]
+    redis.set(names.token_clock("bounded"), 1000)
+    more, less, other = (worker.hold(redis, name, tag, tenant="bounded") for tag, name in enumerate("mlo", start=1))
+    other.ticket = msgspec.structs.replace(other.ticket, tenant="unbounded")
+    more.tokens_used = other.tokens_used = 31
+    for held in (more, other):
+        worker.settler.settle(held, Outcome(task_id=held.id, model="m", spec="s", result=EMPTY))
+    worker.settler.fail(less, DeadlineExceededError("too late"))
+    worker.run(3)
+    assert float(redis.get(names.token_clock("bounded")) or 0) == pytest.approx(1000 + 30 / 10 - 1 / 10)
+    assert not redis.exists(names.token_clock("unbounded"))

@@ -36,7 +36,7 @@ def test_the_more_urgent_lane_leads_and_the_others_fill_up() -> None:
 
 
 def test_every_lane_moves_under_a_flood_of_the_first() -> None:
-    lower = {lane: work(str(lane), lane=lane) for lane in LANES[1:]}
+    lower = {lane: work(str(lane), lane=lane) for lane in LANES[1:-1]}
     made = scheduler(*lower.values())
     seen: list[int] = []
     for _ in range(40):
@@ -173,3 +173,19 @@ def test_the_removed_are_gone() -> None:
 def test_waiting_is_counted_by_lane() -> None:
     made = scheduler(work(), work(lane=Lane.BATCH), work(lane=Lane.BATCH))
     assert made.waiting_by_lane == {**dict.fromkeys(LANES, 0), Lane.INTERACTIVE: 1, Lane.BATCH: 2}
+
+
+def test_what_would_be_late_by_the_time_it_is_done_is_not_computed() -> None:
+    late, next_late, in_time = work(deadline=1.5), work(deadline=1.9), work(deadline=2.5)
+    made = scheduler(late, next_late, in_time, other := work("other", spec=B, deadline=1.5, arrived=0.5))
+    assert ids(made.pick(1.0, resident={A, B}, lead_s={A: 1.0})) == [in_time.id]
+    assert made.take_expired(1.0) == [late, next_late]
+    assert ids(made.pick(1.0, resident={A, B}, lead_s={A: 1.0})) == [other.id]
+
+
+def test_if_all_would_be_late_there_is_nothing_to_do() -> None:
+    works = [work(deadline=1.5, tenant=tenant) for tenant in "ab" for _ in range(3)]
+    made = scheduler(*works)
+    assert made.pick(1.0, resident={A}, lead_s={A: 1.0}) is None
+    assert len(made.take_expired(1.0)) == 6
+    assert len(made) == 0

@@ -192,6 +192,6 @@ def test_what_loads_in_the_background_is_not_loaded_in_the_foreground() -> None:
 
 
 def test_the_hint_names_lower_lanes_in_their_turn() -> None:
-    """Absent models of the first lane never cease; those of the last are announced all the same."""
-    made = scheduler(work("b", spec=B, lane=Lane.EXPERIMENT), work("c", spec="spec-c"))
+    """Absent models of the first lane never cease; those of a lower one are announced all the same."""
+    made = scheduler(work("b", spec=B, lane=Lane.BATCH), work("c", spec="spec-c"))
     assert B in {made.next_absent(0, resident={A}) for _ in range(8)}

@@ -3,7 +3,10 @@
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tasks.names import Lane
 from tests.unit.works import HERE, held_objects, ids, scheduler, work
 
 
@@ -27,6 +30,28 @@ def test_other_weights_count_from_when_they_are_told() -> None:
     picked += [pick.works[0].tenant for _ in range(200) if (pick := made.pick(0, resident=HERE))]
     assert Counter(picked[:100])["big"] == 50
     assert Counter(picked[100:])["big"] == pytest.approx(150, abs=6)
+
+
+@given(
+    weights=st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0.5, 1.0, 2.0, 5.0]), min_size=2),
+    sizes=st.fixed_dictionaries({tenant: st.integers(1, 40) for tenant in "abcd"}),
+    keys=st.integers(1, 3),
+)
+def test_tokens_are_shared_by_weight_whatever_the_sizes(
+    weights: dict[str, float], sizes: dict[str, int], keys: int
+) -> None:
+    """Of tenants that always have work, each has had its share of the tokens, to within two of the largest works."""
+    made, served = scheduler(max_items=1, tenant_weights=weights), Counter[str]()
+    for turn in range(600):
+        for tenant in weights if turn else [*weights] * 20:
+            made.add(work(f"{tenant}{turn % keys}", tenant=tenant, tokens=sizes[tenant]))
+        pick = made.pick(0, resident=HERE)
+        assert pick is not None
+        served[pick.works[0].tenant] += pick.tokens
+        made.finished(pick)
+    assert made.weight_by_lane() == {Lane.INTERACTIVE: sum(weights.values())}
+    per_weight = [served[tenant] / weights[tenant] for tenant in weights]
+    assert max(per_weight) - min(per_weight) <= 2 * max(sizes.values()) / min(weights.values())
 
 
 def test_a_tenant_that_was_away_has_saved_up_nothing() -> None:

@@ -41,12 +41,17 @@ TIMEOUT: Final = Parameter(
     kind=Annotated[float, Meta(gt=0, le=routing.MAX_TIMEOUT_S)],
     meaning="Seconds until the deadline; unless given, the model's or the farm's.",
 )
+DEADLINE: Final = Parameter(
+    name=routing.DEADLINE_HEADER,
+    kind=Annotated[float, Meta(gt=0, le=routing.MAX_TIMEOUT_S * 1000)],
+    meaning=f"The same as `{routing.TIMEOUT_HEADER}` in milliseconds, and goes before it.",
+)
 IDEMPOTENCY_KEY: Final = Parameter(
     name="Idempotency-Key",
     kind=Annotated[str, Meta(pattern="^[!-~]{1,255}$")],
     meaning="The same request again under the same key is done once and answered alike, for a day.",
 )
-INFERS: Final = (POOL, PROFILE, LANE, PRIORITY, TIMEOUT, IDEMPOTENCY_KEY)
+INFERS: Final = (POOL, PROFILE, LANE, PRIORITY, TIMEOUT, DEADLINE, IDEMPOTENCY_KEY)
 """What every inference route heeds."""
 
 PREFER: Final = Parameter(name="Prefer", meaning="`respond-async`: queue it, and answer 202 with the id of a task.")

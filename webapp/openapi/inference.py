@@ -19,7 +19,9 @@ from common.errors import (
     NotFoundError,
     QueueFullError,
     QueueUnavailableError,
+    RateLimitError,
     ResidencyFullError,
+    TenantLimitError,
     WorkerLostError,
 )
 from webapp.openapi import headers
@@ -38,6 +40,8 @@ OUTCOMES: Final = (
     MediaTypeError,
     ModelUnsupportedError,
     QueueFullError,
+    RateLimitError,
+    TenantLimitError,
     QueueUnavailableError,
     ConfigUnavailableError,
     ResidencyFullError,

@@ -146,7 +146,6 @@ def _answer(written: Written, left_out: Sequence[str] = ()) -> Answer:
     spec, families = written.spec, farm().settings.family_places
     unsupported = why_unsupported(spec, families)
     kept = [] if unsupported is None else [f"the model is kept, but cannot be served: {unsupported}"]
-    kept += [f"{field} is kept, but nothing heeds it yet" for field in _unheeded(spec)]
     body = ModelWritten(
         model_id=spec.id,
         created_profiles=list(written.created),
@@ -157,12 +156,6 @@ def _answer(written: Written, left_out: Sequence[str] = ()) -> Answer:
         **wire.epoch_named(written.published),
     )
     return wire.encoded(body, status=201 if written.is_new or written.created else 200)
-
-
-def _unheeded(spec: ModelSpec) -> list[str]:
-    """Fields that a spec may have and that nothing heeds yet."""
-    said = {"limits.queue_limit": spec.limits.queue_limit}
-    return [field for field, value in said.items() if value]
 
 
 def _shown(warnings: Sequence[str]) -> list[str]:

@@ -15,7 +15,9 @@ from common.errors import (
     ForbiddenError,
     ModelNotFoundError,
     QueueFullError,
+    RateLimitError,
     RequestError,
+    TenantLimitError,
     UnauthenticatedError,
 )
 from config_db.spec import ModelSpec
@@ -28,6 +30,8 @@ from webapp.wire import answers
 _CODES: Final[dict[type[FarmError], str]] = {
     ModelNotFoundError: "model_not_found",
     QueueFullError: "server_overloaded",
+    TenantLimitError: "rate_limit_exceeded",
+    RateLimitError: "rate_limit_exceeded",
     UnauthenticatedError: "invalid_api_key",
 }
 """What stands under ``error.code`` where public clients look for a word of their own; else the code is ours."""
@@ -35,6 +39,8 @@ _TYPES: Final[dict[type[FarmError], str]] = {
     UnauthenticatedError: "authentication_error",
     ForbiddenError: "permission_error",
     RequestError: "invalid_request_error",
+    TenantLimitError: "rate_limit_error",
+    RateLimitError: "rate_limit_error",
     CapacityError: "overloaded_error",
     FarmError: "server_error",
 }
