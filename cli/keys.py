@@ -25,7 +25,7 @@ _UNITS: Final = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta
 def create(
     tenant: Annotated[str, typer.Option(help="whose requests they will be")] = "default",
     scope: Annotated[
-        list[str] | None, typer.Option(help="infer, jobs, config or admin; repeatable; infer if none is named")
+        list[str] | None, typer.Option(help="infer, jobs, pools, config or admin; repeatable; infer if none is named")
     ] = None,
     latency_class: Annotated[
         str, typer.Option("--class", help="interactive, standard, batch or experiment: requests rank no higher")

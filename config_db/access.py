@@ -7,7 +7,7 @@ import msgspec
 
 from config_db.spec import END, LatencyClass, MachineProfile, Name, Positive, Text
 
-Scope = Literal["infer", "jobs", "config", "admin"]
+Scope = Literal["infer", "jobs", "pools", "config", "admin"]
 
 DEFAULT_TENANT: Final = "default"
 """Whoever names no other. It is there without a row of its own."""
@@ -50,6 +50,11 @@ class PoolSpec(_Part, frozen=True, kw_only=True):
     created_at: Instant | None = None
     expires_at: Instant | None = None
     client: Text | None = None
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether a client made it and holds it; otherwise it is the operator's."""
+        return self.expires_at is not None
 
     def is_expired(self, at: datetime) -> bool:
         """Whether the lease has run out, so that the workers go back."""

@@ -47,9 +47,14 @@ def lease(
     return _write(session, name, leased, now, actor=actor, reason=reason, expected=expected)
 
 
+def find(session: Session, name: str) -> PoolSpec | None:
+    """One pool; None if there is none of this name or its lease has run out."""
+    return _standing(session, [name]).get(name)
+
+
 def get(session: Session, name: str) -> PoolSpec:
     """One pool; NotFoundError if there is none of this name or its lease has run out."""
-    spec = _standing(session, [name]).get(name)
+    spec = find(session, name)
     if spec is None:
         raise NotFoundError(f"there is no pool {name[:64]!r}", param="pool")
     return spec
@@ -111,7 +116,7 @@ def _write(
         raise ConfigError("expires_at: this instant has passed", param="expires_at")
     if spec.tenant is not None:
         require(session, spec.tenant)
-    before = _standing(session, [name]).get(name)
+    before = find(session, name)
     written = msgspec.structs.replace(spec, created_at=now if before is None else before.created_at)
     publish(session, [Put("pool", name, plain(written))], actor=actor, reason=reason, expected=expected)
     return written

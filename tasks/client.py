@@ -6,12 +6,12 @@ Owns when connections are made and dropped, and nothing else: what is asked over
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from common.clock import FarmClock
 from common.errors import QueueUnavailableError
-from tasks import following, once, submitting, web_processes
+from tasks import following, names, once, submitting, web_processes
 from tasks.connections import Connections
 from tasks.live_workers import WorkerView, live_workers
 from tasks.messages import Outcome
@@ -108,6 +108,13 @@ class FarmClient:
     def workers(self) -> list[WorkerView]:
         """The workers whose heartbeat is there; QueueUnavailableError if Redis does not answer."""
         return live_workers(self._ready())
+
+    def note_pool(self, name: str, machine_profiles: Iterable[str]) -> None:
+        """Have the queues of a pool looked after when it is no more; QueueUnavailableError if Redis does not answer."""
+        connections = self._ready()
+        queues = [names.pool_queue(name, profile) for profile in machine_profiles]
+        scored = [part for queue in queues for part in (self.clock.now(), queue)]
+        connections.ask("ZADD", names.POOL_QUEUES, *scored)
 
     def tell(self, *, machine_profile: str, epoch: int, epoch_id: str) -> None:
         """Say which config this web process serves; QueueUnavailableError if Redis does not answer."""

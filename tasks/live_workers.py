@@ -13,6 +13,8 @@ from tasks import names
 class WorkerView:
     """What a live worker tells of itself. ``resident`` holds digests of the specs that some host of it holds.
 
+    ``pool`` is the one that it was started for, whichever has reserved it.
+
     ``epoch`` and ``epoch_id`` are those of the config it serves; a worker of an earlier release tells no id.
     ``request_s`` is what a request takes one of its ``hosts``, in seconds, by queue, while it has more to do than they
     can; ``weights`` those of the tenants that wait in each lane, added up.
@@ -20,6 +22,7 @@ class WorkerView:
 
     incarnation: str
     node: str
+    pool: str
     machine_profile: str
     epoch: int
     epoch_id: str
@@ -34,6 +37,7 @@ class WorkerView:
 
 class _Told(msgspec.Struct):
     node: str = ""
+    pool: str = ""
     machine_profile: str = ""
     epoch: int = 0
     epoch_id: str = ""
@@ -73,6 +77,7 @@ def _worker(incarnation: str, text: bytes) -> WorkerView | None:
     return WorkerView(
         incarnation=incarnation,
         node=told.node,
+        pool=told.pool,
         machine_profile=told.machine_profile,
         epoch=told.epoch,
         epoch_id=told.epoch_id,

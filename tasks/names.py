@@ -52,12 +52,21 @@ WEB_PROCESSES = "farm:web"
 """Hash from web process to a JSON description of it and of when it told so; it counts for ten seconds."""
 DEAD_LETTERS = "farm:dead"
 """List of messages given up: JSON lines with the raw message, the queue, the reason and the instant."""
+POOL_QUEUES = "farm:pool-queues"
+"""Sorted set of ``<pool>.<machine profile>`` of pools, scored by when somebody last knew them to be there."""
+SHARED_POOL = "default"
+"""The pool whose workers others may reserve, and where what waits for a pool goes when that is no more."""
 SELF_TEST_QUEUE = "farm.self-test.{incarnation}"
 
 
 def queue_name(pool: str, machine_profile: str, lane: Lane) -> str:
     """The queue of a pool's machine profile and lane."""
     return f"{QUEUE_PREFIX}{pool}.{machine_profile}.{lane}"
+
+
+def pool_queue(pool: str, machine_profile: str) -> str:
+    """What the queues of a pool's machine profile have in common, as ``POOL_QUEUES`` names them."""
+    return f"{pool}.{machine_profile}"
 
 
 @cache

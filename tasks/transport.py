@@ -263,8 +263,13 @@ class FarmChannel(_KombuChannel):
         if reply is None or drain is None:
             raise Empty
         messages = drain.end(reply, queues, wanted)
+        consumed = self.connection._callbacks  # noqa: SLF001 - kombu's own map of consumers
+        cancelled = [message.tag for message in messages if message.queue not in consumed]
+        if cancelled:  # their queue was left between the pop and its reply
+            self.give_back(cancelled, "queue")
         for message in messages:
-            self._deliver_popped(drain, message)
+            if message.queue in consumed:
+                self._deliver_popped(drain, message, consumed[message.queue])
         if not messages:
             raise Empty
         return True
@@ -293,7 +298,7 @@ class FarmChannel(_KombuChannel):
             client.script_load(scripts.source("pop"))
             client.script_load(scripts.source("give_back"))
 
-    def _deliver_popped(self, drain: Drain, message: Popped) -> None:
+    def _deliver_popped(self, drain: Drain, message: Popped, callback: Any) -> None:
         """Hand one message to kombu's consumer callback, under our tag; a damaged one goes alone to the sink."""
         try:
             payload = orjson.loads(message.raw)
@@ -307,11 +312,7 @@ class FarmChannel(_KombuChannel):
                 raise TypeError("the body is neither msgpack nor JSON")  # noqa: TRY301
             parsed = self.Message(payload, channel=self)
             parsed.popped = message
-            callback = self.connection._callbacks.get(message.queue)  # noqa: SLF001 - kombu's own map of consumers
-            if callback is None:  # the queue was cancelled between the pop and its reply
-                self.give_back([message.tag], "queue")
-            else:
-                callback(parsed)
+            callback(parsed)
         except (ConnectionError, OSError):  # of the broker; kombu's own list of them holds KeyError, too
             raise
         except Exception as error:  # noqa: BLE001 - whatever a hostile message breaks, it breaks alone

@@ -184,6 +184,7 @@ class LiveFarm:
         tenant: str = "default",
         operation: Operation = Operation.ENCODE,
         request: Request | None = None,
+        pool: str = POOL,
     ) -> tuple[str, Ticket, bytes]:
         """One encoded request: task id, ticket and raw message; ``request`` where it is more than texts."""
         task_id, spec, now = str(uuid4()), self.specs[model], self.clock.now()
@@ -202,17 +203,17 @@ class LiveFarm:
             asynchronous=asynchronous,
         )
         body = messages.encode_body(model, request)
-        queue = queue_name(POOL, PROFILE, lane)
+        queue = queue_name(pool, PROFILE, lane)
         raw = messages.encode_message(
             task_id, ticket, body, queue=queue, reply_to=None if asynchronous else self.reply_to, origin="test"
         )
         self.sent[task_id] = list(texts)
         return task_id, ticket, raw
 
-    def send(self, *texts: str, lane: Lane = Lane.INTERACTIVE, **rest: Any) -> str:
+    def send(self, *texts: str, lane: Lane = Lane.INTERACTIVE, pool: str = POOL, **rest: Any) -> str:
         """Admit and publish one request; returns its task id."""
-        task_id, ticket, raw = self.message(texts or ("hello",), lane=lane, **rest)
-        self._publish([(task_id, ticket, raw, queue_name(POOL, PROFILE, lane))])
+        task_id, ticket, raw = self.message(texts or ("hello",), lane=lane, pool=pool, **rest)
+        self._publish([(task_id, ticket, raw, queue_name(pool, PROFILE, lane))])
         return task_id
 
     def send_many(self, texts: Iterable[str], *, lane: Lane = Lane.INTERACTIVE, **rest: Any) -> list[str]:

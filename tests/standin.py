@@ -199,6 +199,9 @@ class StaticSnapshots:
     def __init__(self, *specs: ModelSpec) -> None:
         self.current = Snapshot(3, uuid4(), {spec.id: spec for spec in specs})
 
+    def poll_soon(self) -> None:
+        """Nothing newer ever comes."""
+
 
 SPECS = (
     ModelSpec(id="org/m", family="fake", source=Source(path="/"), dims={"dense": 2}, limits=Limits(max_items=64)),

@@ -22,6 +22,7 @@ from webapp.views import (
     models,
     oip,
     openai,
+    pools,
     score,
     tasks,
 )
@@ -51,6 +52,7 @@ def bare_app() -> Flask:
         oip,
         tasks,
         models,
+        pools,
         configs,
         config_epochs,
         config_bundles,

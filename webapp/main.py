@@ -10,7 +10,9 @@ from config_db.reader import SnapshotReader
 from tasks.client import FarmClient
 from tasks.objects import object_store
 from webapp.app import create_app
+from webapp.config_store import ConfigStore
 from webapp.epoch_reports import EpochReports
+from webapp.pool_sweeps import PoolSweeps
 
 BOOT_FAILED = 3
 """The exit status on which gunicorn gives up instead of starting the process again and again."""
@@ -36,4 +38,5 @@ def build() -> Flask:
         objects=object_store(settings.object_store, settings.object_store_endpoint),
     )
     EpochReports(client, reader, machine_profile=settings.machine_profile).start()
+    PoolSweeps(reader, ConfigStore(settings.database_url)).start()
     return create_app(settings, reader, client)

@@ -2,21 +2,19 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from math import isfinite
 from typing import Final
 
 from flask import request
 
-from common.errors import ForbiddenError, NotFoundError, RequestError
+from common.errors import ForbiddenError, RequestError
 from config_db.access import LATENCY_CLASSES
 from config_db.spec import ModelSpec
-from tasks.names import LANES, Lane, queue_name
+from tasks.names import LANES, Lane
 from webapp.auth.principals import Principal, principal
 from webapp.farm import Farm
+from webapp.placement import place
 
-POOL_HEADER: Final = "X-SIE-Pool"
-PROFILE_HEADER: Final = "X-SIE-MACHINE-PROFILE"
 LANE_HEADER: Final = "X-Farmhand-Lane"
 PRIORITY_HEADER: Final = "X-Priority"
 """Another name of the same."""
@@ -49,24 +47,9 @@ def is_async() -> bool:
 
 
 def choose(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Route:
-    """Pool and machine profile as asked for, else the model's, else this farm's own.
-
-    Raises:
-        NotFoundError: no live worker serves the pool or machine profile that was asked for, or that the model needs.
-        ForbiddenError: the caller may not use this lane.
-    """
-    environ, settings = request.environ, farm.settings
-    asked_pool = environ.get("HTTP_X_SIE_POOL", "").strip().lower()
-    asked_profile = environ.get("HTTP_X_SIE_MACHINE_PROFILE", "").strip().lower()
-    own_profile = settings.machine_profile
-    allowed = spec.placement.machine_profiles
-    if allowed and own_profile not in allowed:
-        own_profile = allowed[0]
-    pool = _reserved_pool(farm, spec, asked_pool) if spec.placement.tenants else asked_pool or settings.pool
-    route = Route(pool, asked_profile or own_profile, _lane(farm, spec, asynchronous=asynchronous))
-    if pool != settings.pool or (asked_profile and asked_profile != own_profile):
-        _check_served(farm, route, is_pool_asked=pool != settings.pool)
-    return route
+    """Where the request goes; raises as ``placement.place``, and ForbiddenError if the caller may not use the lane."""
+    pool, machine_profile = place(farm, spec)
+    return Route(pool, machine_profile, _lane(farm, spec, asynchronous=asynchronous))
 
 
 def timeout_s(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> float:
@@ -86,22 +69,6 @@ def timeout_s(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> float:
     if not isfinite(seconds) or not 0 < seconds <= MAX_TIMEOUT_S:
         raise RequestError(f"{name} takes {unit} between 0 and {MAX_TIMEOUT_S * per_s:.0f}", param=name)
     return seconds
-
-
-def _reserved_pool(farm: Farm, spec: ModelSpec, asked: str) -> str:
-    """The caller's pool in which a model runs that is reserved to pools of tenants; of several, the one asked for.
-
-    Raises:
-        NotFoundError: the caller's tenant has no pool, or the pool asked for is not its own.
-    """
-    tenant, now = principal().tenant, datetime.now(UTC)
-    own = [name for name, pool in farm.served.pools.items() if pool.tenant == tenant and not pool.is_expired(now)]
-    if asked in own:
-        return asked
-    if asked or not own:
-        has = f"; it has {', '.join(sorted(own))}" if own else ", and it has none"
-        raise NotFoundError(f"model {spec.id!r} runs only in pools of the tenant {tenant!r}{has}", param=POOL_HEADER)
-    return min(own)
 
 
 def _lane(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Lane:
@@ -133,14 +100,3 @@ def _lane(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Lane:
 def _forbidden_lane(caller: Principal, lane: str, may: Collection[str]) -> ForbiddenError:
     message = f"the tenant {caller.tenant!r} may not use the class {lane}; it may use {', '.join(may)}"
     return ForbiddenError(message, param=LANE_HEADER)
-
-
-def _check_served(farm: Farm, route: Route, *, is_pool_asked: bool) -> None:
-    if queue_name(route.pool, route.machine_profile, route.lane) in farm.fleet.queues():
-        return
-    pools = {queue.split(".")[1] for queue in farm.fleet.queues() if queue.count(".") >= 3}
-    if is_pool_asked and route.pool not in pools | {farm.settings.pool}:
-        raise NotFoundError(f"there is no pool {route.pool[:100]!r}", param=POOL_HEADER)
-    raise NotFoundError(
-        f"pool {route.pool[:100]!r} has no machine profile {route.machine_profile[:100]!r}", param=PROFILE_HEADER
-    )

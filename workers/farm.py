@@ -6,7 +6,7 @@ micro-batches are waited for) -> gone (what was left is back in its queue, the i
 Killed in any state, the incarnation's records stay in Redis and the janitor of another worker returns them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -33,17 +33,19 @@ from workers.intake import Intake, IntakeLimits
 from workers.janitor import Janitor, give_back, return_unheld
 from workers.outcomes import OutcomeWriter
 from workers.redis_link import RedisLink
+from workers.reservation import Reservation
 from workers.scheduler import BatchLimits, Policy, Scheduler
 from workers.settling import Settler
 
 log = get_logger("workers")
 
-SCRIPTS: Final = ("outcome", "start", "restore", "give_back", "close_overdue")
+SCRIPTS: Final = ("outcome", "start", "restore", "give_back", "close_overdue", "reclaim")
 GATHER_S: Final = 0.03
 """Measured with one-text requests of 64 callers, two hosts on two cores: 4 to 6 % more texts a second."""
 FAST_TICK_S: Final = 0.25
 SLOW_TICK_S: Final = 1.0
 COMPARE_S: Final = 5.0
+RECLAIM_S: Final = 2.0
 OVERDUE_S: Final = 20.0
 CLOCK_S: Final = 30.0
 LEAVE_S: Final = 1.5
@@ -59,13 +61,12 @@ class Farm:
     Args:
         settings: the worker's settings.
         nodename: Celery's name of this worker.
-        queues: the queues it consumes.
+        queues: the queues it is started with.
     """
 
     def __init__(self, settings: WorkerSettings, *, nodename: str, queues: Sequence[str]) -> None:
         self.settings = settings
         self._nodename = nodename
-        self._queues = list(queues)
         self._hub: Any = None
         self.clock = FarmClock()
         self.link = RedisLink(settings.redis_url, on_connect=self._on_link_connected, script_names=SCRIPTS)
@@ -79,6 +80,16 @@ class Farm:
         )
         hosts = host_config(settings)
         self.heartbeat = Heartbeat(self.link, describe=self.describe, on_reborn=self._on_reborn)
+        self.reservation = Reservation(
+            home=queues,
+            pool=settings.pool,
+            machine_profile=settings.machine_profile,
+            link=self.link,
+            config=self.reader,
+            clock=self.clock,
+            incarnation=lambda: self.heartbeat.incarnation,
+            on_moved=self._on_moved,
+        )
         self.janitor = Janitor(self.link, result_ttl_s=settings.result_ttl_s)
         self.aside = Aside(object_store(settings.object_store, settings.object_store_endpoint), self.clock)
         self.outcomes = OutcomeWriter(
@@ -143,7 +154,8 @@ class Farm:
             "node": self._nodename,
             "pool": self.settings.pool,
             "machine_profile": self.settings.machine_profile,
-            "queues": self._queues,
+            "shared": self.reservation.is_shared,
+            "queues": self.reservation.queues(),
             "transport": self.settings.transport,
             "epoch": config.epoch,
             "epoch_id": str(config.epoch_id),
@@ -166,8 +178,10 @@ class Farm:
         self.reader.start()
         self.reader.subscribe(lambda _: self._on_new_epoch())
 
-    def attach(self, channel: Any) -> None:
-        """Drain this channel's queues from now on."""
+    def attach(self, consumer: Any) -> None:
+        """Drain the queues of this consumer's channel from now on."""
+        self.reservation.attach(consumer)
+        channel = consumer.task_consumer.channel
         if not self.is_batch_popping:
             channel.qos.can_consume = lambda: self.intake.total_room() > 0
             channel.qos.restore_at_shutdown = False  # the intake keeps what it holds over a reconnect
@@ -193,6 +207,7 @@ class Farm:
         hub.call_repeatedly(FAST_TICK_S, self._fast_tick)
         hub.call_repeatedly(SLOW_TICK_S, self._slow_tick)
         hub.call_repeatedly(CLOCK_S, self._sync_clock)
+        hub.call_repeatedly(RECLAIM_S, self._reclaim)
         if self.is_batch_popping:
             hub.call_repeatedly(COMPARE_S, self._return_unheld)
             hub.call_repeatedly(OVERDUE_S, self._close_overdue)
@@ -203,7 +218,7 @@ class Farm:
         self.drain.closing = True
         self.dispatcher.stop_picking()
         self.heartbeat.close()
-        for queue in self._queues:  # wakes the sleeping pop, which then finds the incarnation closing
+        for queue in self.reservation.queues():  # wakes the sleeping pop, which then finds the incarnation closing
             self.link.call("RPUSH", names.bell(queue), "1")
         log.info("worker_closing", running=self.dispatcher.running, held=len(self.intake))
         self._pump(channel, wait_s)
@@ -234,6 +249,7 @@ class Farm:
         if self.link.is_connected:
             self.heartbeat.beat()
             self.arrivals.look_for_cancelled()
+            self.reservation.look()
             if self.is_batch_popping:
                 self.janitor.look()
 
@@ -259,6 +275,29 @@ class Farm:
         if self.link.is_connected:
             self.janitor.close_overdue()
 
+    def _reclaim(self) -> None:
+        if self.link.is_connected:
+            self.reservation.reclaim()
+
+    def _on_moved(self, left: Collection[str]) -> None:
+        """A pool has reserved this worker, or let it go: tell, and leave what was not started to who serves it now.
+
+        Where nobody does, it is finished here; so it is on the fallback, whose records are kombu's.
+        """
+        self.heartbeat.tell()
+        self.dispatcher.on_epoch()  # other models may run here now
+        if not self.is_batch_popping or not left:
+            return
+        waiting = [held for held in self.intake if held.queue in left and held.works and held.started_at is None]
+        tags = [held.tag for held in waiting if not held.is_settling and isinstance(held.tag, int)]
+        for held in waiting:
+            if not held.is_settling:
+                self.intake.remove(held)
+                self.dispatcher.forget(held)
+                celery_state.task_ready(held.request)
+        give_back(self.link, self.heartbeat.incarnation, tags)
+        log.info("held_returned", messages=len(tags))
+
     def _on_link_connected(self) -> None:
         self.heartbeat.beat()
 
@@ -271,7 +310,7 @@ class Farm:
 
     def _may_run(self, spec: ModelSpec) -> bool:
         """Whether a model's placement lets it run on this worker."""
-        placement, pool = spec.placement, self.reader.current.pools.get(self.settings.pool)
+        placement, pool = spec.placement, self.reader.current.pools.get(self.reservation.pool or self.settings.pool)
         if placement.machine_profiles and self.settings.machine_profile not in placement.machine_profiles:
             return False
         return not placement.tenants or (pool is not None and pool.tenant in placement.tenants)

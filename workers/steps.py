@@ -47,7 +47,7 @@ class IntakeStep(bootsteps.StartStopStep):
 
     def start(self, consumer: Any) -> None:
         """A new connection: drain its channel."""
-        consumer.controller.farm.attach(consumer.task_consumer.channel)
+        consumer.controller.farm.attach(consumer)
         if consumer.event_dispatcher is not None:
             consumer.event_dispatcher.buffer_limit = EVENTS_PER_PUBLISH
 

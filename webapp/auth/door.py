@@ -18,6 +18,7 @@ Authenticate: TypeAlias = Callable[[str], Principal | None]
 OPEN: Final = frozenset(("health", "oip_health", "docs", "pages"))
 """Blueprints that anybody may ask: probes hold no key, and the document tells no more than the source does."""
 CONFIG: Final = frozenset(("configs", "config_epochs", "config_bundles"))
+POOLS: Final = "pools"
 READS: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 READING_POSTS: Final = frozenset(("config_bundles.resolve",))
 CLOSED_READS: Final = frozenset(("config_epochs.export", "config_epochs.history", "config_epochs.diff"))
@@ -68,6 +69,8 @@ def install(app: Flask, authenticate: Authenticate | None) -> None:
 
 def scope_of(blueprint: str | None, endpoint: str | None, method: str) -> Scope:
     """What a route takes."""
+    if blueprint == POOLS:
+        return "infer" if method in READS else "pools"
     if blueprint not in CONFIG:
         return "infer"
     reads = (method in READS and endpoint not in CLOSED_READS) or endpoint in READING_POSTS

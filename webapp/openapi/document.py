@@ -41,6 +41,7 @@ _PARTS: Final[Mapping[str, str]] = {
     "task_id": "The id of a task, as the answer 202 names it.",
     "bundle": "The name of a bundle.",
     "version": "The version of a model: `1`.",
+    "pool": "The name of a pool.",
 }
 """What the parts of paths are."""
 

@@ -14,7 +14,7 @@ from common.errors import (
     ModelNotFoundError,
 )
 from tasks.names import Lane
-from webapp import routing
+from webapp import placement, routing
 from webapp.openapi.declared import Parameter
 from webapp.wire.headers import ERROR_CODE, REQUEST_ID, SERVER_VERSION
 
@@ -28,8 +28,8 @@ EVERYWHERE: Final = (
     Parameter(name=REQUEST_ID, meaning="The caller's `X-Request-Id`, else one of the farm's."),
 )
 """What every answer carries."""
-POOL: Final = Parameter(name=routing.POOL_HEADER, meaning="The pool whose workers shall serve this.")
-PROFILE: Final = Parameter(name=routing.PROFILE_HEADER, meaning="The machine profile that shall serve this.")
+POOL: Final = Parameter(name=placement.POOL_HEADER, meaning="The pool whose workers shall serve this.")
+PROFILE: Final = Parameter(name=placement.PROFILE_HEADER, meaning="The machine profile that shall serve this.")
 LANE: Final = Parameter(
     name=routing.LANE_HEADER, kind=Lane, meaning="The lane to queue in; no higher than the class of the key."
 )

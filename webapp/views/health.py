@@ -46,7 +46,7 @@ def healthz() -> ResponseReturnValue:
 @bp.get("/readyz")
 @declared(Ready, more={503: NOT_READY})
 def readyz() -> ResponseReturnValue:
-    """200 once Redis answers, a config snapshot is here and a live worker serves this farm's own queue.
+    """200 once Redis answers, a config snapshot is here and a worker of this farm lives, reserved by a pool or not.
 
     ``degraded``: requests succeed, but a promise is off, and ``reasons`` say which.
     """
@@ -55,7 +55,7 @@ def readyz() -> ResponseReturnValue:
         workers = here.client.workers()
     except QueueUnavailableError as error:
         return answers.not_ready([error.message])
-    ready = [worker for worker in workers if worker.is_ready and _own_queue(here) in worker.queues]
+    ready = [worker for worker in workers if worker.is_ready and _serves_here(here, worker)]
     if not ready:
         seen = f"{len(workers)} alive, none ready" if workers else "none alive"
         return answers.not_ready([f"no worker serves {_own_queue(here)} ({seen})"])
@@ -75,10 +75,18 @@ def _own_queue(here: Farm) -> str:
     return queue_name(here.settings.pool, here.settings.machine_profile, Lane.INTERACTIVE)
 
 
+def _serves_here(here: Farm, worker: WorkerView) -> bool:
+    """Whether it is one of this farm's own workers, be it reserved by a pool now."""
+    is_own = (worker.pool, worker.machine_profile) == (here.settings.pool, here.settings.machine_profile)
+    return is_own or _own_queue(here) in worker.queues
+
+
 def _degradations(here: Farm, workers: list[WorkerView]) -> list[str]:
     reasons = []
     if any(worker.transport == "redis" for worker in workers):
         reasons.append("a worker uses the plain redis transport: what it holds when it is killed comes back late")
+    if not any(_own_queue(here) in worker.queues for worker in workers):
+        reasons.append("pools have reserved every worker: requests that name no pool wait")
     if not here.snapshots.is_connected:
         reasons.append("the config DB does not answer: serving goes on from the last snapshot")
     return reasons
