@@ -37,7 +37,7 @@ def said(
     farm.add_models(fake_spec("org/m"), ranks)
     engine = open_engine(farm.database_url)
     with Session(engine) as session, session.begin():
-        key = keys.create(session, tenant="default", actor="test", reason="test")
+        key = keys.create(session, tenant="default", scopes=("infer", "pools"), actor="test", reason="test")
     engine.dispose()
     farm.start_worker()
     settings = {"DATABASE_URL": farm.database_url, "EXTRA_FAMILIES": f"fake={PLACE}", "AUTH": "keys"}
@@ -84,3 +84,21 @@ def test_it_reads_errors(said: dict[str, Any]) -> None:
     ):
         error = said[call]["error"]
         assert (error["kind"], error["code"], error["status"]) == ("RequestError", code, status)
+
+
+def test_its_pools_have_workers_and_a_lease_that_it_renews(said: dict[str, Any]) -> None:
+    assert "error" not in said["create a pool"]
+    assert said["encode in the pool"]["result"]["dense"] == said["encode one"]["result"]["dense"]
+    pool = said["pool"]["result"]
+    assert (pool["name"], pool["spec"]["gpus"], pool["status"]["state"]) == ("eval", {"cpu": 1}, "active")
+    assert [worker["gpu"] for worker in pool["status"]["assigned_workers"]] == ["cpu"]
+    grown = said["pool that has grown"]["result"]
+    assert (grown["spec"]["gpus"], grown["status"]["state"]) == ({"cpu": 2}, "pending")
+    assert grown["status"]["created_at"] == pool["status"]["created_at"]
+    assert any(line.startswith("Renewed lease") for line in said["lease"]["result"])
+    assert not any("ailed" in line for line in said["lease"]["result"])
+    assert (said["delete the pool"]["result"], said["delete it again"]["result"]) == (True, False)
+    assert said["pool that there is not"]["result"] is None
+    error = said["create a pool of nothing"]["error"]
+    assert error["kind"] == "PoolError"
+    assert "no machine here has the profile 'tpu'" in error["text"]

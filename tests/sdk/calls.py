@@ -5,12 +5,17 @@
 
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import sie_sdk
 from sie_sdk import Item, SIEAsyncClient, SIEClient
+from sie_sdk.client import async_, sync
+
+for module in (sync, async_):
+    module.DEFAULT_LEASE_RENEWAL_INTERVAL_S = 0.5  # a minute otherwise: its own thread, or task, renews all the same
 
 
 def plain(value: Any) -> Any:
@@ -37,7 +42,30 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "unknown model": lambda client: client.encode("org/none", Item(text="one")),
     "wrong output": lambda client: client.encode("org/m", Item(text="one"), output_types=["sparse"]),
     "model that there is not": lambda client: client.get_model("org/none"),
+    "create a pool": lambda client: client.create_pool("Eval", {"cpu": 1}, bundle="default", minimum_worker_count=1),
+    "encode in the pool": lambda client: client.encode(
+        "org/m", Item(text="one"), gpu="eval/cpu", wait_for_capacity=True, provision_timeout_s=60
+    ),
+    "pool": lambda client: client.get_pool("eval"),
+    "create it again": lambda client: client.create_pool("eval", {"cpu": 2}),
+    "pool that has grown": lambda client: client.get_pool("eval"),
+    "delete the pool": lambda client: client.delete_pool("eval"),
+    "delete it again": lambda client: client.delete_pool("eval"),
+    "pool that there is not": lambda client: client.get_pool("eval"),
+    "create a pool of nothing": lambda client: client.create_pool("p", {"tpu": 1}),
 }
+
+
+class Heard(logging.Handler):
+    """What the SDK says of its pools."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "lease" in record.getMessage():
+            self.lines.append(record.getMessage())
 
 
 def told(name: str, result: Any) -> tuple[str, Any]:
@@ -73,5 +101,9 @@ async def run_async(url: str, key: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     mode, url, key = sys.argv[1:4]
+    heard = Heard()
+    logging.getLogger("sie_sdk").setLevel(logging.DEBUG)
+    logging.getLogger("sie_sdk").addHandler(heard)
     answers = run_sync(url, key) if mode == "sync" else asyncio.run(run_async(url, key))
+    answers["lease"] = {"result": heard.lines}
     json.dump({"version": sie_sdk.__version__, "answers": answers}, sys.stdout)
