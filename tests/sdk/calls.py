@@ -42,7 +42,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "unknown model": lambda client: client.encode("org/none", Item(text="one")),
     "wrong output": lambda client: client.encode("org/m", Item(text="one"), output_types=["sparse"]),
     "model that there is not": lambda client: client.get_model("org/none"),
-    "create a pool": lambda client: client.create_pool("Eval", {"cpu": 1}, bundle="default", minimum_worker_count=1),
+    "create a pool": lambda client: client.create_pool("eval", {"cpu": 1}, bundle="default", minimum_worker_count=1),
     "encode in the pool": lambda client: client.encode(
         "org/m", Item(text="one"), gpu="eval/cpu", wait_for_capacity=True, provision_timeout_s=60
     ),
