@@ -130,7 +130,7 @@ def test_each_example_may_travel_as_msgpack(web: Web, path: str, method: str) ->
 
 @pytest.mark.parametrize(("which", "key"), [("--exclude-path-regex", SERVES), ("--include-path-regex", EVERYTHING)])
 def test_a_fuzzer_finds_no_server_error_and_no_lie(web: Web, tmp_path: Path, which: str, key: str) -> None:
-    """First the routes that serve, with a key that makes no pool by naming it; then those that change what is served."""
+    """First the routes that serve, by a key that makes no pool by naming it; then those that change what is served."""
     (tmp_path / "schemathesis.toml").write_text(SETTINGS)
     done = subprocess.run(
         [
