@@ -5,7 +5,7 @@ the snapshot, what is changed goes to the config DB, and a caller that has just 
 is given a moment for this one to hear of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Final
@@ -64,10 +64,10 @@ def visible(here: Farm) -> dict[str, PoolSpec]:
     return {name: spec for name, spec in sorted(standing(here).items()) if _may_use(spec, caller)}
 
 
-def serving(here: Farm, name: str, spec: PoolSpec) -> Sequence[WorkerView]:
-    """The ready workers that consume the pool's queues now; QueueUnavailableError if Redis does not answer."""
+def serving(workers: Iterable[WorkerView], name: str, spec: PoolSpec) -> Sequence[WorkerView]:
+    """Those of the live workers that are ready and consume the pool's queues now."""
     queues = {queue_name(name, profile, Lane.INTERACTIVE) for profile in spec.machine_profiles}
-    return [worker for worker in here.fleet.workers() if worker.is_ready and queues & worker.queues]
+    return [worker for worker in workers if worker.is_ready and queues & worker.queues]
 
 
 def hold(

@@ -70,7 +70,7 @@ def index() -> ResponseReturnValue:
     return answers.answer(to_builtins(PoolList(found)))
 
 
-@bp.get("/v1/pools/<path:pool>")
+@bp.get("/v1/pools/<pool>")
 @declared(_POOL, errors=_READ_ERRORS, path={"pool": _EXAMPLE})
 def show(pool: str) -> ResponseReturnValue:
     """One pool, and who serves it now."""
@@ -81,7 +81,7 @@ def show(pool: str) -> ResponseReturnValue:
     return _answer(name, spec)
 
 
-@bp.post("/v1/pools/<path:pool>/renew")
+@bp.post("/v1/pools/<pool>/renew")
 @declared(_POOL, errors=_WRITE_ERRORS, path={"pool": _EXAMPLE})
 def renew(pool: str) -> ResponseReturnValue:
     """Let the lease run from now. The body is not looked at."""
@@ -89,7 +89,7 @@ def renew(pool: str) -> ResponseReturnValue:
     return _answer(name, pools.renew(farm(), name))
 
 
-@bp.delete("/v1/pools/<path:pool>")
+@bp.delete("/v1/pools/<pool>")
 @declared(PoolDeleted, errors=_WRITE_ERRORS, path={"pool": _EXAMPLE})
 def delete(pool: str) -> ResponseReturnValue:
     """Give the workers back."""
@@ -99,5 +99,5 @@ def delete(pool: str) -> ResponseReturnValue:
 
 
 def _answer(name: str, spec: PoolSpec, *, status: int = 200) -> Response:
-    found = wire.pool_answer(name, spec, pools.serving(farm(), name, spec))
+    found = wire.pool_answer(name, spec, pools.serving(farm().client.workers(), name, spec))
     return answers.answer(to_builtins(found), status=status)
