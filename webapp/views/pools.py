@@ -64,8 +64,9 @@ def create() -> ResponseReturnValue:
 def index() -> ResponseReturnValue:
     """The pools that the caller may use, by name."""
     here = farm()
+    workers = here.client.workers()
     found = [
-        wire.pool_answer(name, spec, pools.serving(here, name, spec)) for name, spec in pools.visible(here).items()
+        wire.pool_answer(name, spec, pools.serving(workers, name, spec)) for name, spec in pools.visible(here).items()
     ]
     return answers.answer(to_builtins(PoolList(found)))
 
