@@ -65,6 +65,8 @@ def _reserved_pool(farm: Farm, spec: ModelSpec, asked: str) -> str:
 def _both_in_one(pool: str, profile: str) -> tuple[str, str]:
     """``<pool>/<machine profile>`` in the header of the latter."""
     named, _, rest = profile.partition("/")
+    if not named:
+        raise RequestError(f"{PROFILE_HEADER} names a machine profile, or a pool and one", param=PROFILE_HEADER)
     if pool not in ("", named):
         raise RequestError(f"{POOL_HEADER} and {PROFILE_HEADER} name two pools", param=PROFILE_HEADER)
     return named, rest
