@@ -79,8 +79,7 @@ def _lane(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Lane:
     caller = principal()
     own, tenant = Lane(caller.latency_class), farm.served.tenants.get(caller.tenant)
     may = LATENCY_CLASSES if tenant is None else tenant.latency_classes
-    name = PRIORITY_HEADER if "HTTP_X_PRIORITY" in request.environ else LANE_HEADER
-    asked = request.headers.get(name)
+    name, asked = _asked_lane()
     if asked is None:
         usual = spec.placement.latency_class or (Lane.STANDARD if asynchronous else Lane.INTERACTIVE)
         first = max(LANES.index(own), LANES.index(Lane(usual)))
@@ -88,13 +87,23 @@ def _lane(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Lane:
         if lane is None:
             raise _forbidden_lane(caller, LANES[first], may)
         return lane
-    if asked not in LANES:
-        raise RequestError(f"{name} is one of {', '.join(LANES)}", param=name)
     if LANES.index(Lane(asked)) < LANES.index(own):
         raise ForbiddenError(f"the key is of the class {own}, which cannot be raised to {asked}", param=name)
     if asked not in may:
         raise _forbidden_lane(caller, asked, may)
     return Lane(asked)
+
+
+def _asked_lane() -> tuple[str, str | None]:
+    """The lane asked for, if one is, and the header that says so: of the two names the second goes before the first."""
+    named_by, asked = LANE_HEADER, None
+    for name in (LANE_HEADER, PRIORITY_HEADER):
+        given = request.headers.get(name)
+        if given is not None and given not in LANES:
+            raise RequestError(f"{name} is one of {', '.join(LANES)}", param=name)
+        if given is not None:
+            named_by, asked = name, given
+    return named_by, asked
 
 
 def _forbidden_lane(caller: Principal, lane: str, may: Collection[str]) -> ForbiddenError:

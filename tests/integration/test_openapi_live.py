@@ -1,6 +1,7 @@
 """The document of the API is true: its examples succeed on a live farm, and a fuzzer finds no lie in it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -37,11 +38,16 @@ SETTINGS = """
 expected-statuses = ["2xx", "3xx", "4xx", "501", "502", "503", "504"]
 [checks]
 positive_data_acceptance.enabled = false
+allow_header_conformance.enabled = false
 [[operations]]
 include-path = "/v1/configs/models/{model}/status"
 checks.unsupported_method.enabled = false
 """
-"""Nothing is waited for. No farm says 500 of itself. A PUT of ``x/status`` is one of the model ``x/status``."""
+"""Nothing is waited for. No farm says 500 of itself. A PUT of ``x/status`` is one of the model ``x/status``, as
+ids hold slashes, so other routes' methods are allowed beside those of a path.
+
+What fits a schema may be refused all the same: schemas cannot say which models there are, and what they take.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +142,10 @@ def test_a_fuzzer_finds_no_server_error_and_no_lie(web: Web, tmp_path: Path, whi
         [
             *(Path(sys.executable).parent / "schemathesis", "run", f"{web.http.base_url}/openapi.json"),
             *(which, "^/v1/(configs|pools)", "--header", f"Authorization: Bearer {key}"),
-            *("--phases", "examples,coverage,fuzzing", "--max-examples", "8", "--seed", "1", "--workers", "2"),
+            *("--phases", "examples,coverage,fuzzing", "--max-examples", "4", "--seed", "1"),
         ],
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.fuzz_hooks"},
         capture_output=True,
         text=True,
         timeout=100,

@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 
 from common.settings import CommonSettings, WebSettings, WorkerSettings, load_settings
 from tasks.names import TASK_NAMES
+from webapp.app import bare_app
+from webapp.openapi.document import document_text
 from workers.app import build_worker_app
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +101,12 @@ def test_the_rooms_import_one_way() -> None:
 def test_every_task_name_has_a_body() -> None:
     app = build_worker_app(load_settings(WorkerSettings))
     assert set(TASK_NAMES.values()) <= set(app.tasks)
+
+
+def test_the_document_of_the_api_is_that_of_the_code() -> None:
+    """Also where a view has no declaration: the error names it, and where declarations are explained."""
+    is_current = tree()["docs/openapi.json"] == document_text(bare_app())
+    assert is_current, "run `make openapi`, or python -m webapp.openapi docs/openapi.json"
 
 
 def test_every_script_is_used() -> None:

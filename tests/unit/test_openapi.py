@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +10,8 @@ from flask import Flask
 from jsonschema import Draft202012Validator
 
 from webapp.app import bare_app
-from webapp.openapi.document import document, document_text
+from webapp.openapi.document import document
 from webapp.openapi.routes import PAGES, UndeclaredRouteError
-
-CHECKED_IN = Path(__file__).parents[2] / "docs/openapi.json"
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +32,8 @@ def nodes(value: Any) -> Iterator[dict[str, Any]]:
         yield from nodes(inner)
 
 
-def test_the_document_of_the_api_is_that_of_the_code(app: Flask) -> None:
-    """Also when a view has no declaration: the message says which, and where declarations are explained."""
-    is_current = CHECKED_IN.read_text(encoding="utf-8") == document_text(app)
-    assert is_current, "run `make openapi`, or python -m webapp.openapi docs/openapi.json"
-
-
 def test_every_route_is_described(app: Flask, said: dict[str, Any]) -> None:
-    rules = [rule for rule in app.url_map.iter_rules() if not rule.endpoint.startswith(f"{PAGES}.")]
+    rules = [rule for rule in app.url_map.iter_rules() if not (rule.websocket or rule.endpoint.startswith(f"{PAGES}."))]
     assert {(path, method.upper()) for path, methods in said["paths"].items() for method in methods} == {
         (re.sub(r"<(?:path:)?(\w+)>", r"{\1}", rule.rule), method)
         for rule in rules

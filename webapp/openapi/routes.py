@@ -59,8 +59,8 @@ def routes_of(app: Flask) -> list[Route]:
 
 def _found(app: Flask) -> Iterator[Route]:
     for rule in app.url_map.iter_rules():
-        if rule.endpoint.startswith(f"{PAGES}."):
-            continue
+        if rule.websocket or rule.endpoint.startswith(f"{PAGES}."):
+            continue  # what is no answer to one request cannot be described here
         view = app.view_functions[rule.endpoint]
         declaration = declaration_of(view)
         if declaration is None:

@@ -7,7 +7,7 @@ from flask import request
 
 from common.errors import RequestError
 
-_MOST: Final = 2**62
+_MOST: Final = 2**62 - 1
 
 
 def read_number(name: str, *, at_least: int = 0, at_most: int = _MOST) -> int | None:
