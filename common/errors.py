@@ -14,6 +14,7 @@ FarmError                      INTERNAL_ERROR
 |  +- ConfigError              INVALID_CONFIG         a document is no valid config; ``param`` names its field
 |  |  +- DocumentError         INVALID_CONFIG         it cannot even be read as YAML or JSON
 |  +- IdempotencyError         IDEMPOTENCY_MISMATCH   the idempotency key was used for something else
+|  +- RouteUnsupportedError    NOT_IMPLEMENTED        the protocol has this route, this release does not
 |  +- ModelUnsupportedError    MODEL_UNSUPPORTED      the model is known, but this release has no code that runs it
 +- CapacityError               RESOURCE_EXHAUSTED     try again after ``retry_after_s``
 |  +- QueueFullError           QUEUE_FULL             ``details["limit"]`` says which one is reached
@@ -21,6 +22,7 @@ FarmError                      INTERNAL_ERROR
 |  +- RateLimitError           RATE_LIMIT             the tenant has used up its tokens of the minute
 |  +- ResidencyFullError       RESOURCE_EXHAUSTED     every resident model is leased, or the model cannot fit
 |  +- ModelLoadingError        MODEL_LOADING          the deadline would pass before the model is loaded
+|  +- ProvisioningError        PROVISIONING           no worker lives where the request goes
 |  +- AdapterLoadingError      LORA_LOADING           the deadline passed before the adapter was there
 |  +- QueueUnavailableError    QUEUE_UNAVAILABLE      Redis does not answer
 |  +- ConfigUnavailableError   CONFIG_UNAVAILABLE     Postgres does not answer
@@ -158,6 +160,12 @@ class ModelUnsupportedError(RequestError):
     code = "MODEL_UNSUPPORTED"
 
 
+class RouteUnsupportedError(RequestError):
+    """A route that its protocol has and this farm does not."""
+
+    code = "NOT_IMPLEMENTED"
+
+
 class CapacityError(FarmError):
     """The farm cannot take this now; a later try may succeed."""
 
@@ -193,6 +201,12 @@ class ModelLoadingError(CapacityError):
     """The deadline would pass before the model is loaded."""
 
     code = "MODEL_LOADING"
+
+
+class ProvisioningError(CapacityError):
+    """No worker lives where the request goes; the demand is recorded. ``details["estimated_wait_s"]`` is a guess."""
+
+    code = "PROVISIONING"
 
 
 class AdapterLoadingError(CapacityError):

@@ -62,6 +62,13 @@ class WebSettings(CommonSettings):
     sync_timeout_s: float = Field(120.0, gt=0, description="deadline of a synchronous request by default")
     web_processes: int = Field(1, gt=0, description="gunicorn processes; one serves some thousand requests a second")
     async_timeout_s: float = Field(3600.0, gt=0, description="deadline of an asynchronous request by default")
+    worker_grace_s: float = Field(
+        30.0, ge=0, description="how long requests still wait for a worker whose queue was served until just now"
+    )
+    worker_start_s: float = Field(
+        60.0, gt=0, description="what callers are told that a worker takes to start, until a start was measured"
+    )
+    watchers: int = Field(100, ge=0, description="WebSockets of /ws/cluster-status that one web process serves at once")
     auth: Literal["none", "static", "keys", "oidc"] = Field(
         "none", description="who may call; none: everyone, and only this machine's own addresses are listened on"
     )

@@ -66,6 +66,13 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
             yield spec
             yield from spec.profile_specs
 
+    def machine_profiles(self) -> frozenset[str]:
+        """Those that models' placements and the operator's pools name."""
+        return frozenset(
+            {profile for model in self.models.values() for profile in model.placement.machine_profiles}
+            | {profile for pool in self.pools.values() if not pool.is_leased for profile in pool.machine_profiles}
+        )
+
     def prepare(self) -> None:
         """Make what looking up needs, which the first request would wait for otherwise."""
         _ = self._names, self._digests, self._likeness

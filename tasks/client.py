@@ -1,19 +1,20 @@
 """The one door through which a process submits requests and awaits their outcomes: web, CLI and tests use it.
 
 Owns when connections are made and dropped, and nothing else: what is asked over them stands in ``submitting``,
-``following``, ``live_workers`` and ``web_processes``.
+``following``, ``live_workers``, ``web_processes`` and ``demand``.
 """
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from common.clock import FarmClock
 from common.errors import QueueUnavailableError
-from tasks import following, names, once, submitting, web_processes
+from tasks import demand, following, names, once, submitting, web_processes
 from tasks.connections import Connections
-from tasks.live_workers import WorkerView, live_workers
+from tasks.demand import Demand, Wait
+from tasks.live_workers import WorkerView, live_workers, queue_lengths
 from tasks.messages import Outcome
 from tasks.objects import ObjectStore
 from tasks.once import Once, Submitted
@@ -34,6 +35,8 @@ class FarmClient:
         result_ttl_s: how long asynchronous results are kept.
         clock: the farm's clock; measured here, at first use and every 30 s.
         objects: where large bodies and results travel; None: in Redis.
+
+    ``requests`` counts those that were submitted, or asked for under a key that had been used.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class FarmClient:
     ) -> None:
         self.clock = clock or FarmClock()
         self._objects = objects
+        self.requests = 0
         self._url = redis_url
         self._queue_limit = queue_limit
         self._result_ttl_s = result_ttl_s
@@ -60,6 +64,7 @@ class FarmClient:
             QueueFullError, RateLimitError: refused; nothing was published.
             QueueUnavailableError: no confirmation within 2.5 s.
         """
+        self.requests += 1
         return submitting.submit(self._ready(), call, asynchronous=asynchronous)
 
     def run(self, call: Call, *, has_left: Callable[[], bool] | None = None) -> Outcome:
@@ -70,6 +75,7 @@ class FarmClient:
             DeadlineExceededError: nobody answered in time, and now nobody will.
             CancelledError: the caller has gone, and nobody had started its request.
         """
+        self.requests += 1
         return submitting.run(self._ready(), call, has_left)
 
     def submit_once(self, call: Call, use: Once) -> Submitted:
@@ -78,6 +84,7 @@ class FarmClient:
         Raises:
             IdempotencyError: the key was used for another request.
         """
+        self.requests += 1
         return once.submit_once(self._ready(), call, use)
 
     def run_once(self, call: Call, use: Once) -> tuple[Outcome, bool]:
@@ -86,7 +93,12 @@ class FarmClient:
         Raises:
             IdempotencyError: the key was used for another request.
         """
+        self.requests += 1
         return once.run_once(self._ready(), call, use)
+
+    def is_taken(self, use: Once) -> bool:
+        """Whether a request was published under this idempotency key; QueueUnavailableError as ``submit``."""
+        return once.is_taken(self._ready(), use)
 
     def task(self, task_id: str, *, tenant: str = DEFAULT_TENANT, wait_s: float = 0.0) -> TaskView:
         """What has become of an asynchronous task; waits up to ``wait_s`` for it to end.
@@ -116,9 +128,33 @@ class FarmClient:
         scored = [part for queue in queues for part in (self.clock.now(), queue)]
         connections.ask("ZADD", names.POOL_QUEUES, *scored)
 
-    def tell(self, *, machine_profile: str, epoch: int, epoch_id: str) -> None:
-        """Say which config this web process serves; QueueUnavailableError if Redis does not answer."""
-        web_processes.tell(self._ready(), machine_profile=machine_profile, epoch=epoch, epoch_id=epoch_id)
+    def queue_lengths(self, queues: Collection[str]) -> dict[str, int]:
+        """Messages that wait in each of these; QueueUnavailableError if Redis does not answer."""
+        return queue_lengths(self._ready(), queues)
+
+    def record_demand(self, *, pool: str, machine_profile: str, model: str, default_start_s: float) -> Wait:
+        """Count a request that found no worker at this place; ``tasks.demand.record``.
+
+        Raises:
+            QueueUnavailableError: Redis does not answer.
+        """
+        return demand.record(
+            self._ready(), pool=pool, machine_profile=machine_profile, model=model, default_start_s=default_start_s
+        )
+
+    def demands(self) -> list[Demand]:
+        """What is asked for where no worker lives; QueueUnavailableError if Redis does not answer."""
+        return demand.demands(self._ready())
+
+    def tell(self, *, machine_profile: str, epoch: int, epoch_id: str, requests_per_s: float = 0.0) -> None:
+        """Say which config this web process serves, and how much; QueueUnavailableError if Redis does not answer."""
+        web_processes.tell(
+            self._ready(),
+            machine_profile=machine_profile,
+            epoch=epoch,
+            epoch_id=epoch_id,
+            requests_per_s=requests_per_s,
+        )
 
     def web_processes(self) -> list[WebView]:
         """The web processes that live; QueueUnavailableError if Redis does not answer."""

@@ -1,6 +1,6 @@
-"""The workers that live now, as they tell of themselves in Redis."""
+"""The workers that live now, as they tell of themselves in Redis, and what waits in their queues."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +17,8 @@ class WorkerView:
 
     ``epoch`` and ``epoch_id`` are those of the config it serves; a worker of an earlier release tells no id.
     ``request_s`` is what a request takes one of its ``hosts``, in seconds, by queue, while it has more to do than they
-    can; ``weights`` those of the tenants that wait in each lane, added up.
+    can; ``weights`` those of the tenants that wait in each lane, added up. ``gpus`` are the
+    devices its hosts run on without the CPU; memory is that of models.
     """
 
     incarnation: str
@@ -33,6 +34,9 @@ class WorkerView:
     hosts: int = 0
     request_s: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    gpus: int = 0
+    memory_used_bytes: int = 0
+    memory_total_bytes: int = 0
 
 
 class _Told(msgspec.Struct):
@@ -48,6 +52,9 @@ class _Told(msgspec.Struct):
     hosts: int = 0
     request_s: dict[str, float] = msgspec.field(default_factory=dict)
     weights: dict[str, float] = msgspec.field(default_factory=dict)
+    gpus: int = 0
+    memory_used_bytes: int = 0
+    memory_total_bytes: int = 0
 
 
 class Asks(Protocol):
@@ -66,6 +73,12 @@ def live_workers(connections: Asks) -> list[WorkerView]:
     views = [view for incarnation, text in told.items() if (view := _worker(incarnation.decode(), text)) is not None]
     beats = connections.ask_many(*(("EXISTS", names.beat(view.incarnation)) for view in views)) if views else []
     return [view for view, beat in zip(views, beats, strict=True) if beat]
+
+
+def queue_lengths(connections: Asks, queues: Collection[str]) -> dict[str, int]:
+    """Messages that wait in each queue; QueueUnavailableError if Redis does not answer."""
+    lengths = connections.ask_many(*(("LLEN", queue) for queue in queues)) if queues else []
+    return dict(zip(queues, lengths, strict=True))
 
 
 def _worker(incarnation: str, text: bytes) -> WorkerView | None:
@@ -88,4 +101,7 @@ def _worker(incarnation: str, text: bytes) -> WorkerView | None:
         hosts=told.hosts,
         request_s=told.request_s,
         weights=told.weights,
+        gpus=told.gpus,
+        memory_used_bytes=told.memory_used_bytes,
+        memory_total_bytes=told.memory_total_bytes,
     )

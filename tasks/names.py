@@ -50,6 +50,10 @@ INCARNATIONS = "farm:incarnations"
 """Hash from incarnation to a JSON description of its process."""
 WEB_PROCESSES = "farm:web"
 """Hash from web process to a JSON description of it and of when it told so; it counts for ten seconds."""
+DEMANDS = "farm:demands"
+"""Sorted set of the places where work is asked for and no worker lives, scored by when it was last (farm clock)."""
+START_TIMES = "farm:start-times"
+"""Hash from place to the seconds that the last start of a worker there took."""
 DEAD_LETTERS = "farm:dead"
 """List of messages given up: JSON lines with the raw message, the queue, the reason and the instant."""
 POOL_QUEUES = "farm:pool-queues"
@@ -67,6 +71,18 @@ def queue_name(pool: str, machine_profile: str, lane: Lane) -> str:
 def pool_queue(pool: str, machine_profile: str) -> str:
     """What the queues of a pool's machine profile have in common, as ``POOL_QUEUES`` names them."""
     return f"{pool}.{machine_profile}"
+
+
+@cache
+def place_of(queue: str) -> str | None:
+    """The place of a queue; None for one that is named otherwise."""
+    inner, dot, lane = queue.removeprefix(QUEUE_PREFIX).rpartition(".")
+    return inner if dot and "." in inner and lane in LANES and queue.startswith(QUEUE_PREFIX) else None
+
+
+def demand(place: str) -> str:
+    """Hash that says what was asked of a place without a worker: ``tasks.demand``."""
+    return f"farm:demand:{place}"
 
 
 @cache

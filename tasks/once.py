@@ -105,6 +105,11 @@ def run_once(connections: Connections, call: Call, use: Once) -> tuple[Outcome, 
     return view.outcome, submitted.is_replayed
 
 
+def is_taken(connections: Connections, use: Once) -> bool:
+    """Whether the key names a task; which one, and whether that is of use, is for ``submit_once`` to say."""
+    return bool(connections.ask("EXISTS", use.name))
+
+
 def _stands(connections: Connections, task_id: str, tenant: str) -> bool:
     """Whether a task is under way or has ended for good."""
     try:

@@ -18,12 +18,16 @@ TELL: Final = "redis.call('HDEL', KEYS[1], ARGV[1]) return redis.call('HSET', KE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebView:
-    """What a live web process tells of itself: ``<host>:<process id>``, and the epoch of the config it serves."""
+    """What a live web process tells of itself: ``<host>:<process id>``, and the epoch of the config it serves.
+
+    ``requests_per_s`` is what it was asked for lately.
+    """
 
     name: str
     machine_profile: str
     epoch: int
     epoch_id: str
+    requests_per_s: float = 0.0
 
 
 class _Told(msgspec.Struct, kw_only=True):
@@ -31,11 +35,14 @@ class _Told(msgspec.Struct, kw_only=True):
     machine_profile: str = ""
     epoch: int = 0
     epoch_id: str = ""
+    requests_per_s: float = 0.0
     told_at: float
     """On the farm clock."""
 
 
-def tell(connections: Connections, *, machine_profile: str, epoch: int, epoch_id: str) -> None:
+def tell(
+    connections: Connections, *, machine_profile: str, epoch: int, epoch_id: str, requests_per_s: float = 0.0
+) -> None:
     """Say that this process lives and what it serves, for ``LIFE_S``.
 
     Raises:
@@ -46,6 +53,7 @@ def tell(connections: Connections, *, machine_profile: str, epoch: int, epoch_id
         machine_profile=machine_profile,
         epoch=epoch,
         epoch_id=epoch_id,
+        requests_per_s=requests_per_s,
         told_at=connections.clock.now(),
     )
     connections.ask("EVAL", TELL, 1, names.WEB_PROCESSES, connections.process, msgspec.json.encode(told))
@@ -62,7 +70,13 @@ def live_web_processes(connections: Connections) -> list[WebView]:
     if gone:
         connections.ask("HDEL", names.WEB_PROCESSES, *gone)
     return [
-        WebView(name=one.name, machine_profile=one.machine_profile, epoch=one.epoch, epoch_id=one.epoch_id)
+        WebView(
+            name=one.name,
+            machine_profile=one.machine_profile,
+            epoch=one.epoch,
+            epoch_id=one.epoch_id,
+            requests_per_s=one.requests_per_s,
+        )
         for one in live
     ]
 

@@ -61,6 +61,7 @@ class StandIn:
 
     def start(self) -> "StandIn":
         """Answer everything as it comes."""
+        self.tell()
         self._stopping.clear()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -73,11 +74,16 @@ class StandIn:
             self._thread.join(10)
             assert not self._thread.is_alive()
 
-    def tell(self, **described: Any) -> None:
+    def tell(self, **described: Any) -> "StandIn":
         """Say that a worker lives, as a real one's heartbeat does."""
         told = {"node": "stand-in", "queues": [QUEUE, ASYNC_QUEUE], "ready": True, "resident": [], "transport": "farm"}
         self.redis.hset(names.INCARNATIONS, self.incarnation, json.dumps({**told, **described}))
         self.redis.set(names.beat(self.incarnation), "1", ex=60)
+        return self
+
+    def fall_silent(self) -> None:
+        """The heartbeat ends, as a dead worker's does."""
+        self.redis.delete(names.beat(self.incarnation))
 
     def take(self, wait_s: float = 5) -> Taken:
         """Take the next message."""

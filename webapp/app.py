@@ -1,5 +1,7 @@
 """The Flask application: its parts put together. Nothing is connected before the first request."""
 
+from typing import Final
+
 from flask import Flask
 
 from common.settings import WebSettings
@@ -7,11 +9,14 @@ from tasks.client import FarmClient
 from webapp import config_store, problems
 from webapp import farm as farms
 from webapp.auth import door
+from webapp.cluster import Cluster
 from webapp.config_store import ConfigStore
 from webapp.farm import Farm, Snapshots
 from webapp.fleet import Fleet
 from webapp.security_headers import SecurityHeaders
 from webapp.views import (
+    absent,
+    cluster,
     config_bundles,
     config_epochs,
     configs,
@@ -26,12 +31,31 @@ from webapp.views import (
     score,
     tasks,
 )
+from webapp.watchers import Watchers
+
+_VIEWS: Final = (
+    encode,
+    score,
+    extract,
+    openai,
+    oip,
+    tasks,
+    models,
+    pools,
+    configs,
+    config_epochs,
+    config_bundles,
+    cluster,
+    absent,
+    health,
+    docs,
+)
 
 
 def create_app(settings: WebSettings, snapshots: Snapshots, client: FarmClient) -> Flask:
     """The application over a started snapshot reader and a client of the farm."""
     app = bare_app()
-    farms.install(app.extensions, Farm(settings, snapshots, client, Fleet(client)))
+    farms.install(app.extensions, _farm(settings, snapshots, client))
     config_store.install(app.extensions, ConfigStore(settings.database_url))
     door.install(app, door.authenticator(settings, lambda: snapshots.current.keys))
     return app
@@ -44,23 +68,22 @@ def bare_app() -> Flask:
     app.url_map.strict_slashes = False
     app.url_map.redirect_defaults = False
     problems.install(app)
-    for view in (
-        encode,
-        score,
-        extract,
-        openai,
-        oip,
-        tasks,
-        models,
-        pools,
-        configs,
-        config_epochs,
-        config_bundles,
-        health,
-        docs,
-    ):
+    for view in _VIEWS:
         app.register_blueprint(view.bp)
-    app.register_blueprint(oip.probes)
-    app.register_blueprint(docs.pages)
+    for further in (oip.probes, absent.openai_bp, cluster.sockets, docs.pages):
+        app.register_blueprint(further)
     app.wsgi_app = SecurityHeaders(app.wsgi_app)  # type: ignore[method-assign]  # as Flask documents it
     return app
+
+
+def _farm(settings: WebSettings, snapshots: Snapshots, client: FarmClient) -> Farm:
+    """What the views reach for."""
+    fleet = Fleet(client, grace_s=settings.worker_grace_s)
+    sights = Cluster(
+        fleet,
+        client,
+        lambda: snapshots.current,
+        machine_profile=settings.machine_profile,
+        extra_families=settings.family_places,
+    )
+    return Farm(settings, snapshots, client, fleet, sights, Watchers(settings.watchers))

@@ -1,6 +1,10 @@
-"""Tells the farm which epoch this web process serves, so that anybody can see when a change has reached everyone."""
+"""Tells the farm which epoch this web process serves, so that anybody can see when a change has reached everyone.
+
+And how many requests a second it gets.
+"""
 
 import threading
+from time import monotonic
 from typing import Final
 
 from common.errors import QueueUnavailableError
@@ -27,6 +31,8 @@ class EpochReports:
         self._reader = reader
         self._machine_profile = machine_profile
         self._is_due = threading.Event()
+        self._told_at = monotonic()
+        self._told_requests = 0
 
     def start(self) -> None:
         """Tell from now on, until the process ends."""
@@ -42,8 +48,20 @@ class EpochReports:
     def _tell(self) -> None:
         config = self._reader.current
         try:
-            self._client.tell(machine_profile=self._machine_profile, epoch=config.epoch, epoch_id=str(config.epoch_id))
+            self._client.tell(
+                machine_profile=self._machine_profile,
+                epoch=config.epoch,
+                epoch_id=str(config.epoch_id),
+                requests_per_s=self._rate(),
+            )
         except QueueUnavailableError:
             return  # nobody could read it; the next try comes soon
         except Exception:  # Redis refuses, as one that is read-only for a while does
             log.exception("epoch_not_told")
+
+    def _rate(self) -> float:
+        """Requests a second since this was asked last."""
+        now, requests = monotonic(), self._client.requests
+        rate = (requests - self._told_requests) / max(now - self._told_at, 1e-3)
+        self._told_at, self._told_requests = now, requests
+        return round(rate, 3)

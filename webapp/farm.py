@@ -8,7 +8,9 @@ from flask import Flask, current_app
 from common.settings import WebSettings
 from config_db.snapshot import Snapshot
 from tasks.client import FarmClient
+from webapp.cluster import Cluster
 from webapp.fleet import Fleet
+from webapp.watchers import Watchers
 
 _EXTENSION: Final = "farmhand"
 
@@ -36,6 +38,8 @@ class Farm:
     snapshots: Snapshots
     client: FarmClient
     fleet: Fleet
+    cluster: Cluster
+    watchers: Watchers
 
     @property
     def served(self) -> Snapshot:

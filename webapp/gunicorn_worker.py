@@ -1,8 +1,9 @@
 """gunicorn's gevent worker, ending promptly: idle keep-alive connections do not hold up its shutdown.
 
 Stock gunicorn waits for every open connection until ``graceful_timeout``, also for those on which no request is under
-way. Here these are closed when the worker is told to stop; requests under way are answered as before. Told to hurry, it
-cuts the connections of those who still wait; here they are first told to try again, and their requests taken back.
+way. Here these are closed when the worker is told to stop, and so are WebSockets; requests under way are answered as
+before. Told to hurry, it cuts the connections of those who still wait; here they are first told to try again, and their
+requests taken back.
 """
 
 import os
@@ -63,6 +64,7 @@ class FarmWebWorker(GeventWorker):  # type: ignore[misc]  # gunicorn is untyped
         super().handle_quit(sig, frame)
 
     def _close_idle(self) -> None:
+        farm_of(self.wsgi).watchers.close()
         for greenlet in list(self._idle):
             self._close(greenlet)
 

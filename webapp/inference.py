@@ -13,7 +13,7 @@ from tasks.messages import Outcome
 from tasks.names import Operation
 from tasks.once import Once, once
 from tasks.submitting import Call
-from webapp import admission, callers, hub_models, routing
+from webapp import admission, callers, hub_models, provisioning, routing
 from webapp.adapter_admission import choose_adapter
 from webapp.admission import Admitted
 from webapp.auth.principals import principal
@@ -36,7 +36,8 @@ def serve(operation: Operation, model: str, kind: type[B], admit: Admit[B]) -> R
     body = bodies.read(kind, max_bytes=here.settings.max_body_bytes)
     call = _call(here, operation, spec, epoch, body, admit, asynchronous=asynchronous)
     if asynchronous:
-        return answers.accepted(_submit(here, call))
+        wait = None if provisioning.has_worker(here, call) else provisioning.ask_for_worker(here, call)
+        return answers.accepted(_submit(here, call), retry_after_s=None if wait is None else wait.retry_after_s)
     outcome = _outcome(here, call)
     total_ms = (monotonic() - started_at) * 1e3
     return answers.outcome_answer(outcome, operation, total_ms=total_ms, msgpack_by_default=is_msgpack_body())
@@ -52,6 +53,8 @@ def run(operation: Operation, model: str, body: B, admit: Admit[B]) -> tuple[Mod
 def _outcome(here: Farm, call: Call) -> Outcome:
     """The outcome of a request, computed now or under its idempotency key before; raises the error that it carries."""
     use = _once()
+    if not provisioning.has_worker(here, call) and (use is None or not here.client.is_taken(use)):
+        raise provisioning.refusal(call, provisioning.ask_for_worker(here, call))
     if use is None:
         outcome = here.client.run(call, has_left=callers.watcher())
     else:  # whoever sends a key may come back for the outcome: its request goes on without it

@@ -10,13 +10,8 @@ def known_profiles(here: Farm) -> frozenset[str]:
     Raises:
         QueueUnavailableError: Redis does not answer.
     """
-    served = here.served
-    return frozenset(
-        {here.settings.machine_profile}
-        | {worker.machine_profile for worker in here.fleet.workers()}
-        | {profile for model in served.models.values() for profile in model.placement.machine_profiles}
-        | {profile for pool in served.pools.values() if not pool.is_leased for profile in pool.machine_profiles}
-    )
+    of_workers = {worker.machine_profile for worker in here.fleet.workers()}
+    return here.served.machine_profiles() | of_workers | {here.settings.machine_profile}
 
 
 def check_profile(here: Farm, profile: str, *, param: str) -> None:

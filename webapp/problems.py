@@ -3,7 +3,6 @@
 Every 429, 503 and 504 carries a positive ``Retry-After``. The body of an error is always JSON.
 """
 
-from math import ceil
 from typing import Any, Final
 
 from flask import Flask, Response
@@ -26,12 +25,14 @@ from common.errors import (
     NotFoundError,
     RateLimitError,
     RequestError,
+    RouteUnsupportedError,
     TenantLimitError,
     UnauthenticatedError,
 )
 from common.logs import get_logger
 from tasks.codec import dump_json
 from webapp.openapi.declared import answers_errors_as
+from webapp.wire.answers import whole_seconds
 from webapp.wire.headers import ERROR_CODE, JSON, set_common
 from webapp.wire.results import Problem
 
@@ -56,6 +57,7 @@ STATUS: Final[dict[type[FarmError], int]] = {
     ContentConflictError: 409,
     IdempotencyError: 422,
     ModelUnsupportedError: 501,
+    RouteUnsupportedError: 501,
 }
 DEFAULT_RETRY_AFTER_S: Final = 5.0
 
@@ -79,8 +81,7 @@ def problem(error: FarmError) -> Response:
     response = Response(dump_json({"error": error_body(error)}), status, content_type=JSON)
     response.headers[ERROR_CODE] = error.code
     if status in (429, 503, 504):
-        # whole seconds, rounded up: zero would be honoured as "again at once"
-        response.headers["Retry-After"] = str(max(1, ceil(error.retry_after_s or DEFAULT_RETRY_AFTER_S)))
+        response.headers["Retry-After"] = whole_seconds(error.retry_after_s or DEFAULT_RETRY_AFTER_S)
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, BodyTooLargeError):

@@ -17,7 +17,7 @@ from typing import Any, Final
 from celery.worker import state as celery_state
 
 from common.clock import FarmClock
-from common.errors import DeadlineExceededError, HostLostError, MessageError, ModelNotFoundError
+from common.errors import HostLostError, MessageError, ModelNotFoundError
 from common.faults import fault
 from common.logs import get_logger
 from config_db.spec import ModelSpec
@@ -29,6 +29,7 @@ from workers.hosts.pool import HostPool
 from workers.hosts.protocol import BatchTiming, HostBatch, PartResult
 from workers.intake import Held, Intake
 from workers.joining import Joiner, Slice
+from workers.lateness import late_error
 from workers.redis_link import RedisLink
 from workers.revisions import Revisions
 from workers.scheduler import Pick, Scheduler, Work
@@ -55,6 +56,9 @@ class DispatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
+    """A micro-batch, and the host that has it."""
+
+    host: int
     pick: Pick
     slices: tuple[Slice, ...]
 
@@ -191,6 +195,7 @@ class Dispatcher:
         now = monotonic()
         self.throughput.tend(now)
         self._expire(now)
+        self._expire_loading(now)
         self._fetches.tick(now)
         self._change_revisions(now)
         self._announce_absent(now)
@@ -354,7 +359,7 @@ class Dispatcher:
                 self._settler.fail(held, ModelNotFoundError(f"model {held.ticket.model!r} has changed; ask again"))
             return
         batch, self._next_batch = self._next_batch, self._next_batch + 1
-        self._running[batch] = _Running(pick, slices)
+        self._running[batch] = _Running(host, pick, slices)
         self.throughput.sent(batch, pick.spec, now, counts=not pick.loads and len(self._scheduler) > 0)
         self._mark_started([part.held for part in slices], now)
         fault("worker.started")
@@ -423,8 +428,16 @@ class Dispatcher:
         for work in self._scheduler.take_expired(now):
             part = self._slices.get(work.id)
             if part is not None and not part.held.is_settling:
-                late = DeadlineExceededError("the request could not be served before its deadline")
-                self._settler.fail(part.held, late)
+                is_loaded = any(work.spec in view.resident for view in self.hosts.hosts())
+                self._settler.fail(part.held, late_error(part.held, is_loaded=is_loaded))
+
+    def _expire_loading(self, now: float) -> None:
+        """Answer who is late in a micro-batch whose host is still loading the model; what it computes is dropped."""
+        resident = {view.id: view.resident for view in self.hosts.hosts()}
+        for running in self._running.values():
+            if running.pick.spec not in resident.get(running.host, (running.pick.spec,)):
+                for held in {part.held for part in running.slices if part.held.deadline <= now}:
+                    self._settler.fail(held, late_error(held, is_loaded=False))
 
     def _halve(self, works: list[Work], reason: str) -> None:
         """Run a suspect batch again in halves; one that kills a host alone, twice, is the culprit."""

@@ -25,6 +25,7 @@ from tasks.transport import Drain, FarmChannel, Popped
 from workers import checks
 from workers.arrivals import Arrivals
 from workers.aside import Aside
+from workers.demand import DemandMet
 from workers.dispatch import Dispatcher, DispatchLimits
 from workers.heartbeat import Heartbeat
 from workers.hosts.config import host_config
@@ -39,7 +40,7 @@ from workers.settling import Settler
 
 log = get_logger("workers")
 
-SCRIPTS: Final = ("outcome", "start", "restore", "give_back", "close_overdue", "reclaim")
+SCRIPTS: Final = ("outcome", "start", "restore", "give_back", "close_overdue", "reclaim", "meet_demand")
 GATHER_S: Final = 0.03
 """Measured with one-text requests of 64 callers, two hosts on two cores: 4 to 6 % more texts a second."""
 FAST_TICK_S: Final = 0.25
@@ -90,6 +91,7 @@ class Farm:
             incarnation=lambda: self.heartbeat.incarnation,
             on_moved=self._on_moved,
         )
+        self.demand_met = DemandMet(self.link)
         self.janitor = Janitor(self.link, result_ttl_s=settings.result_ttl_s)
         self.aside = Aside(object_store(settings.object_store, settings.object_store_endpoint), self.clock)
         self.outcomes = OutcomeWriter(
@@ -161,6 +163,9 @@ class Farm:
             "epoch_id": str(config.epoch_id),
             "ready": bool(hosts),
             "hosts": len(hosts),
+            "gpus": len({host.device for host in hosts} - {"cpu"}),
+            "memory_used_bytes": sum(sum(host.resident.values()) for host in hosts),
+            "memory_total_bytes": sum(host.budget_bytes for host in hosts),
             "resident": sorted({digest for host in hosts for digest in host.resident}),
             **self.dispatcher.load(),
         }
@@ -248,6 +253,8 @@ class Farm:
     def _slow_tick(self) -> None:
         if self.link.is_connected:
             self.heartbeat.beat()
+            if self.hosts.hosts():
+                self.demand_met.tell(self.reservation.queues())
             self.arrivals.look_for_cancelled()
             self.reservation.look()
             if self.is_batch_popping:

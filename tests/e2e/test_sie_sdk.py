@@ -13,9 +13,11 @@ from sqlalchemy.orm import Session
 
 from config_db import keys
 from config_db.engine import open_engine
+from config_db.spec import Limits
+from tasks import names
 from tests.fakes.family import PLACE, fake_score, fake_vector
 from tests.live import LiveFarm, fake_spec
-from tests.services import PostgresServer, RedisServer
+from tests.services import PostgresServer, RedisServer, wait_until
 from tests.web import ROOT, start_web, stop_web
 
 PYTHON = ROOT / "build" / "sdk" / "bin" / "python"
@@ -34,23 +36,87 @@ def said(
     directory: Path = tmp_path_factory.mktemp("sdk")
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
     ranks = msgspec.structs.replace(fake_spec("org/rank"), operations=("score",), outputs=("score",))
-    farm.add_models(fake_spec("org/m"), ranks)
+    slow = msgspec.structs.replace(fake_spec("org/slow", load_ms=1500), limits=Limits(timeout_s=0.5))
+    farm.add_models(fake_spec("org/m"), ranks, slow)
     engine = open_engine(farm.database_url)
     with Session(engine) as session, session.begin():
         key = keys.create(session, tenant="default", scopes=("infer", "pools"), actor="test", reason="test")
     engine.dispose()
-    farm.start_worker()
+    farm.redis.hset(names.START_TIMES, names.pool_queue("default", "cpu"), "2")
     settings = {"DATABASE_URL": farm.database_url, "EXTRA_FAMILIES": f"fake={PLACE}", "AUTH": "keys"}
     web = start_web(redis_server.url, directory, (), **settings)
     command = [str(PYTHON), "tests/sdk/calls.py", request.param, f"http://127.0.0.1:{web.port}", key.key]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as sdk:
+        wait_until(lambda: int(_asked(farm) or 0) == 2, 60, "the SDK to find no worker, and to wait for one")
+        farm.start_worker(ready=False)
+        out, err = sdk.communicate(timeout=100)
     stop_web(web)
     farm.close()
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    assert sdk.returncode == 0, err[-2000:]
+    found = json.loads(out)
     assert found["version"] == "0.10.1"
     answers: dict[str, Any] = found["answers"]
     return answers
+
+
+def _asked(farm: LiveFarm) -> Any:
+    return farm.redis.hget(names.demand(names.pool_queue("default", "cpu")), "asked")
+
+
+def test_it_waits_through_a_scale_from_zero(said: dict[str, Any]) -> None:
+    refused = said["encode without a worker"]["error"]
+    assert refused["kind"] == "ProvisioningError"
+    assert np.allclose(said["encode from zero"]["result"]["dense"], fake_vector("one"), atol=1e-6)
+    nothing = said["capacity of nothing"]["result"]
+    assert (nothing["status"], nothing["worker_count"], nothing["workers"]) == ("no_workers", 0, [])
+    assert nothing["configured_gpu_types"] == ["cpu"]
+    assert said["wait in vain"]["error"]["kind"] == "ProvisioningError"
+
+
+def test_it_waits_for_a_model_that_loads(said: dict[str, Any]) -> None:
+    """The model takes longer to load than a request may wait, so the SDK was told MODEL_LOADING and came back."""
+    assert np.allclose(said["encode while it loads"]["result"]["dense"], fake_vector("one"), atol=1e-6)
+
+
+def test_it_sees_the_farm(said: dict[str, Any]) -> None:
+    for call in ("capacity", "capacity of cpu", "wait for capacity", "wait for a model"):
+        found = said[call]["result"]
+        assert (found["status"], found["worker_count"], found["live_gpu_types"]) == ("healthy", 1, ["cpu"]), call
+        assert (found["workers"][0]["gpu"], found["workers"][0]["healthy"]) == ("cpu", True)
+    assert said["capacity"]["result"]["workers"][0]["memory_used_bytes"] > 0
+    assert "org/m" in said["capacity"]["result"]["workers"][0]["loaded_models"]
+    assert said["capacity of l4"]["result"]["worker_count"] == 0
+    for call in ("watch", "watch the cluster"):
+        status = said[call]["result"]
+        assert status["cluster"]["worker_count"] == 1
+        assert {model["name"]: model["state"] for model in status["models"]}["org/m"] == "loaded"
+    assert (
+        said["watch one worker"]["error"]["kind"] == "RequestError"
+    )  # the handshake is refused: there is no such route
+
+
+ABSENT = (
+    "generate",
+    "chat",
+    "respond",
+    "stream generate",
+    "stream chat",
+    "estimate",
+    "recommend",
+    "make a job",
+    "jobs",
+    "job",
+    "files",
+    "file",
+    "batches",
+    "make a batch",
+)
+
+
+@pytest.mark.parametrize("call", ABSENT)
+def test_what_is_not_there_says_so_at_once(said: dict[str, Any], call: str) -> None:
+    error = said[call]["error"]
+    assert (error["kind"], error["code"], error["status"]) == ("ServerError", "NOT_IMPLEMENTED", 501)
 
 
 def test_its_vectors_are_the_models(said: dict[str, Any]) -> None:
@@ -72,7 +138,7 @@ def test_its_scores_are_the_models(said: dict[str, Any]) -> None:
 
 
 def test_it_reads_what_is_served(said: dict[str, Any]) -> None:
-    assert {model["name"] for model in said["models"]["result"]} == {"org/m", "org/rank"}
+    assert {model["name"] for model in said["models"]["result"]} == {"org/m", "org/rank", "org/slow"}
     assert said["model"]["result"]["dims"] == {"dense": 4}
 
 

@@ -26,7 +26,7 @@ def web(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def standin(redis_url: str) -> Iterator[StandIn]:
-    standin = StandIn(redis_url)
+    standin = StandIn(redis_url).tell()
     yield standin
     standin.stop()
     standin.redis.close()
@@ -168,7 +168,7 @@ def test_callers_that_leave_by_the_hundred_are_all_cancelled(web: Web, standin: 
 
 
 def test_who_leaves_while_redis_is_away_is_cancelled_when_it_is_back(own_redis: RedisServer, tmp_path: Path) -> None:
-    web, standin = start_web(own_redis.url, tmp_path), StandIn(own_redis.url)
+    web, standin = start_web(own_redis.url, tmp_path), StandIn(own_redis.url).tell()
     connection = caller(web, "leaves")
     taken = standin.take()
     own_redis.stop()

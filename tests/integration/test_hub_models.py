@@ -403,7 +403,7 @@ def test_a_profile_is_chosen_by_option_or_by_name(web: Web, engine: Engine, redi
     with transaction(engine) as session:
         apply_models(session, [spec], actor="test", reason="test")
     wait_until(lambda: web.http.get("/v1/models/org/p").status_code == 200, what="the model to be read")
-    standin = StandIn(redis_url)
+    standin = StandIn(redis_url).tell()
     short = spec.with_profile("short").digest
     asked = [
         ("org/p", {}, spec.digest),

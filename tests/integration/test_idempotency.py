@@ -43,7 +43,7 @@ def web(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def standin(redis_url: str) -> Iterator[StandIn]:
-    standin = StandIn(redis_url)
+    standin = StandIn(redis_url).tell()
     yield standin
     standin.stop()
     standin.redis.close()

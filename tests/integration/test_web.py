@@ -36,7 +36,7 @@ def web(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def standin(redis_url: str) -> Iterator[StandIn]:
-    standin = StandIn(redis_url)
+    standin = StandIn(redis_url).tell()
     yield standin
     standin.stop()
     standin.redis.close()
@@ -218,6 +218,7 @@ def test_a_pool_that_a_worker_serves_can_be_asked_for(web: Web, standin: StandIn
 
 
 def test_ready_only_once_a_request_would_succeed(web: Web, standin: StandIn) -> None:
+    standin.fall_silent()
     response = web.http.get("/readyz")
     assert (response.status_code, response.json()["status"]) == (503, "not_ready")
     standin.tell(ready=False)
@@ -228,7 +229,7 @@ def test_ready_only_once_a_request_would_succeed(web: Web, standin: StandIn) -> 
     assert (web.http.get("/readyz").status_code, web.http.get("/readyz").json()["status"]) == (200, "ready")
     standin.tell(transport="redis")
     assert (web.http.get("/readyz").status_code, web.http.get("/readyz").json()["status"]) == (200, "degraded")
-    standin.redis.delete(names.beat(standin.incarnation))
+    standin.fall_silent()
     assert web.http.get("/readyz").status_code == 503
 
 
@@ -300,7 +301,7 @@ def test_redis_away_is_a_503_in_time_and_forgotten_when_it_is_back(own_redis: Re
 
 
 def test_shutdown_answers_what_it_has_taken(own_redis: RedisServer, tmp_path: Path) -> None:
-    web, standin = start_web(own_redis.url, tmp_path), StandIn(own_redis.url)
+    web, standin = start_web(own_redis.url, tmp_path), StandIn(own_redis.url).tell()
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(web.encode, f"{at}") for at in range(4)]
         taken = [standin.take() for _ in range(4)]
@@ -313,7 +314,7 @@ def test_shutdown_answers_what_it_has_taken(own_redis: RedisServer, tmp_path: Pa
 
 def test_a_hurried_shutdown_tells_who_waits_to_try_again(own_redis: RedisServer, tmp_path: Path) -> None:
     """As at the end of a whole farm: the workers are gone, and nobody will answer."""
-    web, standin = start_web(own_redis.url, tmp_path), StandIn(own_redis.url)
+    web, standin = start_web(own_redis.url, tmp_path), StandIn(own_redis.url).tell()
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(web.encode, f"{at}") for at in range(4)]
         taken = [standin.take() for _ in range(4)]

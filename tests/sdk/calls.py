@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import sys
@@ -31,7 +32,30 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+def first_of(stream: Any) -> Any:
+    """The first of what a watcher is told, which then watches no longer."""
+    if hasattr(stream, "__aiter__"):
+        return _first_of_async(stream)
+    with contextlib.closing(stream):
+        return next(stream)
+
+
+async def _first_of_async(stream: Any) -> Any:
+    async with contextlib.aclosing(stream):
+        return await anext(stream)
+
+
+ITEM = Item(text="one")
+CHAT = [{"role": "user", "content": "x"}]
+FROM_ZERO: dict[str, Callable[[Any], Any]] = {
+    "encode without a worker": lambda client: client.encode("org/m", ITEM, wait_for_capacity=False),
+    "capacity of nothing": lambda client: client.get_capacity(),
+    "wait in vain": lambda client: client.wait_for_capacity("l4", timeout_s=0.1, poll_interval_s=0.05),
+    "encode from zero": lambda client: client.encode("org/m", ITEM),
+}
+"""What is called while there is no worker; one is started when the last of these has been asked."""
 CALLS: dict[str, Callable[[Any], Any]] = {
+    **FROM_ZERO,
     "encode one": lambda client: client.encode("org/m", Item(text="one", id="a")),
     "encode many": lambda client: client.encode("org/m", [Item(text="one"), Item(text="two")]),
     "encode as a query": lambda client: client.encode("org/m", Item(text="one"), is_query=True),
@@ -41,6 +65,29 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "model": lambda client: client.get_model("org/m"),
     "unknown model": lambda client: client.encode("org/none", Item(text="one")),
     "wrong output": lambda client: client.encode("org/m", Item(text="one"), output_types=["sparse"]),
+    "encode while it loads": lambda client: client.encode("org/slow", ITEM),
+    "capacity": lambda client: client.get_capacity(),
+    "capacity of cpu": lambda client: client.get_capacity(gpu="CPU"),
+    "capacity of l4": lambda client: client.get_capacity(gpu="l4"),
+    "wait for capacity": lambda client: client.wait_for_capacity("cpu", timeout_s=30),
+    "wait for a model": lambda client: client.wait_for_capacity("cpu", model="org/m", timeout_s=30),
+    "watch": lambda client: first_of(client.watch()),
+    "watch the cluster": lambda client: first_of(client.watch(mode="cluster")),
+    "watch one worker": lambda client: first_of(client.watch(mode="worker")),
+    "generate": lambda client: client.generate("org/m", "x", max_new_tokens=1),
+    "chat": lambda client: client.chat_completions("org/m", CHAT),
+    "respond": lambda client: client.responses("org/m", "x"),
+    "stream generate": lambda client: first_of(client.stream_generate("org/m", "x", max_new_tokens=1)),
+    "stream chat": lambda client: first_of(client.stream_chat_completions("org/m", CHAT)),
+    "estimate": lambda client: client.estimate("/v1/encode/org/m", {"items": [{"text": "x"}]}),
+    "recommend": lambda client: client.recommend("retrieval"),
+    "make a job": lambda client: client.jobs.submit(source=[{"text": "x"}], model="org/m"),
+    "jobs": lambda client: client.jobs.list(),
+    "job": lambda client: client.jobs.get("job-1"),
+    "files": lambda client: client.files.list(),
+    "file": lambda client: client.files.content("file-1"),
+    "batches": lambda client: client.batches.list(),
+    "make a batch": lambda client: client.batches.create(input_file_id="file-1"),
     "model that there is not": lambda client: client.get_model("org/none"),
     "create a pool": lambda client: client.create_pool("eval", {"cpu": 1}, bundle="default", minimum_worker_count=1),
     "encode in the pool": lambda client: client.encode(

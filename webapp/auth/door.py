@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_address
 from typing import Final, TypeAlias
 
-from flask import Flask, request
+from flask import Flask, current_app, request
 
 from common.errors import SetupError, UnauthenticatedError
 from common.settings import WebSettings
@@ -19,6 +19,7 @@ OPEN: Final = frozenset(("health", "oip_health", "docs", "pages"))
 """Blueprints that anybody may ask: probes hold no key, and the document tells no more than the source does."""
 CONFIG: Final = frozenset(("configs", "config_epochs", "config_bundles"))
 POOLS: Final = "pools"
+_DOOR: Final = "farmhand.door"
 READS: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 READING_POSTS: Final = frozenset(("config_bundles.resolve",))
 CLOSED_READS: Final = frozenset(("config_epochs.export", "config_epochs.history", "config_epochs.diff"))
@@ -65,6 +66,18 @@ def install(app: Flask, authenticate: Authenticate | None) -> None:
             return
         remember(_caller(authenticate))
         principal().require(scope_of(request.blueprint, request.endpoint, request.method))
+
+    app.extensions[_DOOR] = check
+
+
+def check_again() -> None:
+    """Ask the current request for its token once more, as an answer that goes on for long may outlive a key.
+
+    Raises:
+        UnauthenticatedError, ForbiddenError: as at first.
+        AuthUnavailableError: the issuer of tokens does not answer.
+    """
+    current_app.extensions[_DOOR]()
 
 
 def scope_of(blueprint: str | None, endpoint: str | None, method: str) -> Scope:

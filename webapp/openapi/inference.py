@@ -17,6 +17,7 @@ from common.errors import (
     ModelNotFoundError,
     ModelUnsupportedError,
     NotFoundError,
+    ProvisioningError,
     QueueFullError,
     QueueUnavailableError,
     RateLimitError,
@@ -27,7 +28,7 @@ from common.errors import (
 from webapp.openapi import headers
 from webapp.openapi.declared import Answered, Body, Link, View, declared
 from webapp.wire.headers import JSON, MSGPACK
-from webapp.wire.results import Accepted
+from webapp.wire.provisioning import Later
 
 EMBEDDER: Final = "BAAI/bge-m3"
 RERANKER: Final = "BAAI/bge-reranker-v2-m3"
@@ -45,6 +46,7 @@ OUTCOMES: Final = (
     QueueUnavailableError,
     ConfigUnavailableError,
     ResidencyFullError,
+    ProvisioningError,
     ModelLoadingError,
     AdapterLoadingError,
     ModelLoadError,
@@ -56,9 +58,9 @@ OUTCOMES: Final = (
 )
 """What may come of a request to a model, beside its answer."""
 _ACCEPTED: Final = Answered(
-    Accepted,
-    "Queued: ask for the outcome of the task.",
-    headers=(headers.LOCATION, headers.PREFERENCE_APPLIED, headers.REPLAYED),
+    Later,
+    "Queued: ask for the outcome of the task. Or, to who would wait: no worker is there yet, so ask again.",
+    headers=(headers.LOCATION, headers.PREFERENCE_APPLIED, headers.REPLAYED, headers.RETRY_AFTER),
     links={
         "outcome": Link("tasks.show", {"task_id": "/task_id"}),
         "cancel": Link("tasks.cancel", {"task_id": "/task_id"}),

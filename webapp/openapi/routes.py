@@ -11,7 +11,9 @@ from webapp.auth import door
 from webapp.openapi.declared import Declaration, declaration_of
 
 PAGES: Final = "pages"
-"""The blueprint that shows the document to people, and is not described in it."""
+"""The blueprint that shows the document to people."""
+UNDESCRIBED: Final = (PAGES, "sockets", "absent", "absent_openai")
+"""Blueprints that are not described: pages, WebSockets, for which there are no words, and what is not there."""
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _PART: Final = re.compile(r"<(?:[^:<>]+:)?(\w+)>")
 
@@ -59,8 +61,8 @@ def routes_of(app: Flask) -> list[Route]:
 
 def _found(app: Flask) -> Iterator[Route]:
     for rule in app.url_map.iter_rules():
-        if rule.websocket or rule.endpoint.startswith(f"{PAGES}."):
-            continue  # what is no answer to one request cannot be described here
+        if rule.endpoint.partition(".")[0] in UNDESCRIBED:
+            continue
         view = app.view_functions[rule.endpoint]
         declaration = declaration_of(view)
         if declaration is None:

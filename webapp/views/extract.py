@@ -5,14 +5,17 @@ from typing import Final
 from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
+from common.errors import ProvisioningError
 from tasks.names import Operation
 from webapp import inference
 from webapp.extract_admission import admit_extract
 from webapp.openapi.inference import EXTRACTOR, serves
 from webapp.wire.bodies import ExtractBody
+from webapp.wire.provisioning import provisioning
 from webapp.wire.results import ExtractAnswer
 
 bp = Blueprint("extract", __name__)
+bp.register_error_handler(ProvisioningError, provisioning)
 
 _EXAMPLE: Final = {"items": [{"text": "Ada lives in Turin."}], "params": {"labels": ["person", "city"]}}
 

@@ -81,12 +81,17 @@ def _serves_here(here: Farm, worker: WorkerView) -> bool:
     return is_own or _own_queue(here) in worker.queues
 
 
+def why_degraded(here: Farm) -> list[str]:
+    """Which promises are off now for want of the config DB."""
+    if here.snapshots.is_connected:
+        return []
+    return ["the config DB does not answer: serving goes on from the last snapshot"]
+
+
 def _degradations(here: Farm, workers: list[WorkerView]) -> list[str]:
-    reasons = []
+    reasons = why_degraded(here)
     if any(worker.transport == "redis" for worker in workers):
         reasons.append("a worker uses the plain redis transport: what it holds when it is killed comes back late")
     if not any(_own_queue(here) in worker.queues for worker in workers):
         reasons.append("pools have reserved every worker: requests that name no pool wait")
-    if not here.snapshots.is_connected:
-        reasons.append("the config DB does not answer: serving goes on from the last snapshot")
     return reasons

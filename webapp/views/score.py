@@ -5,14 +5,17 @@ from typing import Final
 from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
+from common.errors import ProvisioningError
 from tasks.names import Operation
 from webapp import inference
 from webapp.openapi.inference import RERANKER, serves
 from webapp.score_admission import admit_score
 from webapp.wire.bodies import ScoreBody
+from webapp.wire.provisioning import provisioning
 from webapp.wire.results import ScoreAnswer
 
 bp = Blueprint("score", __name__)
+bp.register_error_handler(ProvisioningError, provisioning)
 
 _EXAMPLE: Final = {
     "query": {"text": "When does the lake freeze?"},

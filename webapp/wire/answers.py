@@ -5,6 +5,7 @@ For msgpack the result is copied from the reply as it stands, undecoded. For JSO
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from math import ceil
 from typing import Any, Final
 
 import msgspec
@@ -72,11 +73,13 @@ def outcome_answer(outcome: Outcome, operation: Operation, *, total_ms: float, m
     return response
 
 
-def accepted(task_id: str) -> Response:
-    """The answer to an asynchronous request: where to ask for its outcome."""
+def accepted(task_id: str, *, retry_after_s: float | None = None) -> Response:
+    """The answer to an asynchronous request: where to ask for its outcome, and when, if that is known to take long."""
     response = answer(Accepted(task_id=task_id, state="queued"), status=202)
     response.headers["Location"] = f"/v1/tasks/{task_id}"
     response.headers["Preference-Applied"] = "respond-async"
+    if retry_after_s is not None:
+        response.headers["Retry-After"] = whole_seconds(retry_after_s)
     return response
 
 
@@ -108,6 +111,11 @@ def not_ready(reasons: list[str]) -> Response:
     response.headers[ERROR_CODE] = "NOT_READY"
     response.headers["Retry-After"] = "1"
     return response
+
+
+def whole_seconds(seconds: float) -> str:
+    """A ``Retry-After``: rounded up, since zero would be honoured as "again at once"."""
+    return str(max(1, ceil(seconds)))
 
 
 def instant(seconds: float) -> str:

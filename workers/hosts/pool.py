@@ -184,6 +184,7 @@ class HostPool:
                 self._events.on_fetched(message.adapter, message.error)
             case Ready():
                 host.ready = message
+                host.view.device, host.view.budget_bytes = message.device, message.budget_bytes
                 self._early_deaths = 0
                 self._warm_up(host)
             case Grown():

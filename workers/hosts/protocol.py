@@ -49,13 +49,16 @@ class BatchTiming:
 class HostView:
     """What the worker knows of a host: a mirror, kept by the pool.
 
-    ``resident`` maps spec digests to bytes; ``evictions`` are the last ones, each with its reason.
+    ``resident`` maps spec digests to bytes, of which there may be ``budget_bytes``; ``device`` is torch's name;
+    ``evictions`` are the last ones, each with its reason.
     """
 
     id: int
     outstanding: int = 0
     resident: dict[str, int] = field(default_factory=dict)
     loading: frozenset[str] = frozenset()
+    device: str = ""
+    budget_bytes: int = 0
     evictions: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_EVICTIONS))
 
 
