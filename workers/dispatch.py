@@ -32,10 +32,11 @@ from workers.joining import Joiner, Slice
 from workers.lateness import late_error
 from workers.redis_link import RedisLink
 from workers.revisions import Revisions
-from workers.scheduler import Pick, Scheduler, Work
+from workers.scheduler import Scheduler
 from workers.settling import Settler
 from workers.slices import cut_body
 from workers.throughput import Part, Throughput
+from workers.work import Pick, Work
 
 log = get_logger("workers")
 

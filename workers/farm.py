@@ -33,9 +33,10 @@ from workers.hosts.pool import HostPool
 from workers.intake import Intake, IntakeLimits
 from workers.janitor import Janitor, give_back, return_unheld
 from workers.outcomes import OutcomeWriter
+from workers.policy import BatchLimits, Policy
 from workers.redis_link import RedisLink
 from workers.reservation import Reservation
-from workers.scheduler import BatchLimits, Policy, Scheduler
+from workers.scheduler import Scheduler
 from workers.settling import Settler
 
 log = get_logger("workers")

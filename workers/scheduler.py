@@ -15,71 +15,12 @@ from operator import attrgetter
 
 from tasks.names import LANES, Lane
 from workers.pace import Pace
+from workers.policy import BatchLimits, Policy
 from workers.turns import SPARE, Tenants, Turns
+from workers.work import Pick, Work
 
 _arrived = attrgetter("arrived")
 _NO_LEADS: Mapping[str, float] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """Bounds of one micro-batch. A single request beyond them runs as a batch of its own."""
-
-    max_items: int
-    max_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What an operator may want to weigh differently.
-
-    Attributes:
-        patience: a request for an absent model is overdue after this many of the model's load times.
-        load_share: the share of time that loading may take while resident work waits.
-        foreground_load_s: a model that loads longer is loaded in the background while resident work waits.
-        unmeasured_load_s: what a first load is taken to last.
-        lower_every: of this many picks one starts at a lower lane, so that every lane moves.
-        gather_s: where hosts share the cores they compute on, a batch that lasts less waits as long for company while
-            one of its key runs, once half of the hosts compute: a pass costs a few milliseconds however few tokens it
-            has, and the other cores are wanted by the rest of the farm. 0: never.
-        tenant_weights: shares of tenants that compete in a lane; 1 unless named.
-    """
-
-    patience: float = 2.0
-    load_share: float = 0.25
-    foreground_load_s: float = 1.0
-    unmeasured_load_s: float = 0.5
-    lower_every: int = 8
-    gather_s: float = 0.0
-    tenant_weights: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """One request, or one slice of a large one. ``alone``: it was running when a worker died, so it shares no batch."""
-
-    id: int
-    key: str
-    spec: str
-    lane: Lane
-    tenant: str
-    items: int
-    tokens: int
-    arrived: float
-    deadline: float
-    alone: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """One micro-batch. ``loads``: its model is not resident on the host it was picked for."""
-
-    works: tuple[Work, ...]
-    key: str
-    spec: str
-    loads: bool
-    tokens: int
-    items: int
 
 
 @dataclass(slots=True, eq=False)

@@ -8,7 +8,8 @@ import pytest
 
 from tasks.names import Lane
 from tests.unit.works import A, B, ids, scheduler, work
-from workers.scheduler import Pick, Scheduler
+from workers.scheduler import Scheduler
+from workers.work import Pick
 
 RUN_S = 0.01
 

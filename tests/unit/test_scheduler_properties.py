@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tasks.names import LANES, Lane
 from tests.unit.works import scheduler, work
-from workers.scheduler import Pick, Work
+from workers.work import Pick, Work
 
 NAMES = ["s1", "s2", "s3"]
 SPECS = st.sampled_from(NAMES)

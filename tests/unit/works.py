@@ -5,7 +5,9 @@ import itertools
 from typing import Any
 
 from tasks.names import Lane
-from workers.scheduler import BatchLimits, Pick, Policy, Scheduler, Work
+from workers.policy import BatchLimits, Policy
+from workers.scheduler import Scheduler
+from workers.work import Pick, Work
 
 A, B = "spec-a", "spec-b"
 HERE = frozenset({A})
