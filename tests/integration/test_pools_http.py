@@ -1,7 +1,7 @@
 """Pools as clients have them: a real web tier that asks for keys, a real config DB, three real workers."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -214,7 +214,7 @@ def test_a_request_that_names_a_new_pool_makes_it_for_who_may(shop: Shop) -> Non
 
 
 def test_a_lease_that_nobody_renews_ends_and_is_swept(shop: Shop) -> None:
-    assert shop.acme.create("short", ttl_seconds=5).status_code == 201
+    assert shop.acme.create("short", ttl_seconds=4).status_code == 201
     wait_until(lambda: bool(shop.reserved()), MOVES_S, "the worker to be reserved")
     wait_until(lambda: shop.acme.get("short").status_code == 404, MOVES_S, "the lease to end")
     assert shop.reader.encode(X_SIE_Pool="short").status_code == 404
@@ -309,14 +309,19 @@ def test_a_killed_worker_is_replaced_and_then_the_pool_is_pending(shop: Shop) ->
     """The last of this file: it leaves one worker."""
     assert shop.acme.create("p", gpus={"cpu": 2}).status_code == 201
     wait_until(lambda: shop.acme.state("p") == "active", MOVES_S, "two workers")
-    for state in ("active", "pending"):
-        before, killed = shop.acme.served_by("p"), shop.reserved()[0]
-        name = next(told["node"] for told in shop.told() if told["pid"] == killed.process.pid)
-        killed.signal(signal.SIGKILL)
+    ends: tuple[Callable[[LiveWorker], object], ...] = (lambda worker: worker.signal(signal.SIGKILL), LiveWorker.stop)
+    for end, state in zip(ends, ("active", "pending"), strict=True):
+        before, ended = shop.acme.served_by("p"), shop.reserved()[0]
+        name = next(told["node"] for told in shop.told() if told["pid"] == ended.process.pid)
+        end(ended)
         wait_until(partial(_is_without, shop, name), MOVES_S, "the dead worker to be missed")
-        wait_until(lambda state=state: shop.acme.state("p") == state, MOVES_S, f"the pool to be {state}")
+        wait_until(partial(_is, shop, state), MOVES_S, f"the pool to be {state}")
         assert before - {name} <= shop.acme.served_by("p")
         assert shop.acme.encode(X_SIE_Pool="p").status_code == 200
+
+
+def _is(shop: Shop, state: str) -> bool:
+    return shop.acme.state("p") == state
 
 
 def _is_without(shop: Shop, name: str) -> bool:
