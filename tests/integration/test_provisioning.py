@@ -190,6 +190,7 @@ def test_a_worker_that_is_ready_has_met_the_demand(
     farm.start_worker()
     wait_until(lambda: len(client.demands()) == 1, 10, "the demand to be met")
     assert client.demands()[0].machine_profile == "l4"
+    assert not store.exists(names.demand(PLACE)), "the next demand would seem to have begun with this one"
     took = float(store.hget(names.START_TIMES, PLACE))
     assert 100 < took < 200
     farm.close()
