@@ -21,3 +21,8 @@ class Pace:
         """What so many tokens are taken to last; None until one of the key was measured."""
         s_per_token = self._s_per_token.get(key)
         return None if s_per_token is None else s_per_token * tokens
+
+    def tokens(self, key: str, seconds: float) -> int | None:
+        """How many tokens are taken to last so long; None until one of the key was measured."""
+        s_per_token = self._s_per_token.get(key)
+        return None if not s_per_token else int(seconds / s_per_token)

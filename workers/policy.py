@@ -25,6 +25,8 @@ class Policy:
         gather_s: where hosts share the cores they compute on, a batch that lasts less waits as long for company while
             one of its key runs, once half of the hosts compute: a pass costs a few milliseconds however few tokens it
             has, and the other cores are wanted by the rest of the farm. 0: never.
+        shared_s: while works of more than one tenant or lane arrive, a batch lasts no longer than this if it can be cut
+            so short: whoever asks for little waits for what runs, and for what is prepared behind it.
         tenant_weights: shares of tenants that compete in a lane; 1 unless named.
     """
 
@@ -34,4 +36,5 @@ class Policy:
     unmeasured_load_s: float = 0.5
     lower_every: int = 8
     gather_s: float = 0.0
+    shared_s: float = 0.04
     tenant_weights: Mapping[str, float] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Final
 
 from tasks.names import LANES, Lane
 from workers.pace import Pace
@@ -21,6 +22,8 @@ from workers.work import Pick, Work
 
 _arrived = attrgetter("arrived")
 _NO_LEADS: Mapping[str, float] = {}
+_MIXED_S: Final = 1.0
+"""Works of several tenants or lanes are taken to go on arriving for so long after the last that differed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +74,8 @@ class Scheduler:
         self.policy = policy
         self.pace = Pace()
         self.is_gathering = False
+        self._last_kind: tuple[Lane, str] | None = None
+        self._mixed_at = float("-inf")
         self._works: dict[int, tuple[Work, _Line | None]] = {}
         self._groups: dict[str, _Group] = {}
         self._lanes: dict[Lane, dict[str, dict[str, _Line]]] = {lane: {} for lane in LANES}
@@ -154,6 +159,9 @@ class Scheduler:
         return line
 
     def _keep(self, work: Work, line: _Line | None) -> None:
+        kind = (work.lane, work.tenant)
+        if kind != self._last_kind:
+            self._last_kind, self._mixed_at = kind, work.arrived
         self._works[work.id] = (work, line)
         self._tenants.enter(work.tenant)
         heapq.heappush(self._deadlines, (work.deadline, work.id))
@@ -256,7 +264,7 @@ class Scheduler:
         head = self._head(now, resident, loading, elsewhere, gather_at)
         while head is not None:
             free = min(hosts, max(1, spread)) if spread is not None and self._is_small(head.group, hosts) else hosts
-            works = self._fill(head, free, done_at=now + lead_s.get(head.spec, 0.0))
+            works = self._fill(head, free, now, done_at=now + lead_s.get(head.spec, 0.0))
             if works:
                 self._pick_turns.taken(head.lane, self._lanes)
                 return self._take(works, resident)
@@ -376,14 +384,14 @@ class Scheduler:
     def _turn(self, line: _Line) -> tuple[float, float]:
         return self._tenants.served(line.tenant), line.arrived
 
-    def _fill(self, head: _Line, hosts: int, *, done_at: float) -> list[Work]:
+    def _fill(self, head: _Line, hosts: int, now: float, *, done_at: float) -> list[Work]:
         """The head and all that shares its key, up to the limits and to this host's share; none if all are late.
 
         What would be late when this is done is set aside, for ``take_expired``.
         """
         first = head.queue[0]
         share = -(-head.group.waiting // hosts) * max(1, first.items)
-        most_items, most_tokens = min(self._limits.max_items, share), self._limits.max_tokens
+        most_items, most_tokens = min(self._limits.max_items, share), self._most_tokens(head, now)
         works: list[Work] = []
         late: list[Work] = []
         items = tokens = 0
@@ -405,6 +413,12 @@ class Scheduler:
             self.remove(work.id)
         self._expired += late
         return works
+
+    def _most_tokens(self, head: _Line, now: float) -> int:
+        """A batch's bound: shorter while there are others to whom it must not be long."""
+        most = self._limits.max_tokens
+        short = self.pace.tokens(head.group.name, self.policy.shared_s) if now - self._mixed_at < _MIXED_S else None
+        return most if short is None else min(most, short)
 
     def _in_turn(self, head: _Line) -> Sequence[_Line]:
         """The lines of the head's group: its own, its lane's, the other lanes'; the least served tenant first.
