@@ -4,7 +4,7 @@ import getpass
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from typer.core import TyperCommand
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="The config DB: what is served.", no_args_is_help=True)
 
+EPOCHS: Final = {"min": 0, "max": 2**63 - 1}
+"""What the config DB counts with."""
 HAS_CHANGES = 2
 """Exit status of a plan that would change something."""
 
@@ -30,7 +32,11 @@ Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
 Actor = Annotated[str | None, typer.Option(help="who changes it, for the history; your login name unless given")]
 Reason = Annotated[str | None, typer.Option(help="why, for the history")]
 DataDir = Annotated[
-    Path, typer.Option(help="of the farm on this machine whose servers are meant when the environment names none")
+    Path,
+    typer.Option(
+        help="of the farm on this machine whose servers are meant when the environment names none",
+        callback=local_farm.check_given,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
 
@@ -52,8 +58,10 @@ def plan(
     directory: Directory, prune: Prune = False, as_json: AsJson = False, data_dir: DataDir = local_farm.DATA_DIR
 ) -> None:
     """Show what apply would change: + added, ~ changed, - removed. Status 0: nothing, 2: something, 1: an error."""
-    epoch, found = _planned(_read(directory), local_farm.database_url(data_dir), prune=prune)
+    files = _read(directory)
+    epoch, found = _planned(files, local_farm.database_url(data_dir), prune=prune)
     _show_plan(found, as_json=as_json, epoch=epoch)
+    _warn_of_roots(files)
     if found:
         raise typer.Exit(HAS_CHANGES)
 
@@ -67,7 +75,7 @@ def apply(
     yes: Yes = False,
     actor: Actor = None,
     reason: Reason = None,
-    expect: Annotated[int | None, typer.Option(help="refuse unless the config DB is at this epoch")] = None,
+    expect: Annotated[int | None, typer.Option(help="refuse unless the config DB is at this epoch", **EPOCHS)] = None,
     data_dir: DataDir = local_farm.DATA_DIR,
 ) -> None:
     """Make the config DB say what the files say: all of it as one epoch, or nothing. On a terminal it asks first."""
@@ -129,7 +137,7 @@ def export(
 
 @app.command()
 def history(
-    limit: Annotated[int, typer.Option(help="epochs to show", min=1)] = 20,
+    limit: Annotated[int, typer.Option(help="epochs to show", min=1, max=EPOCHS["max"])] = 20,
     prune: Annotated[bool, typer.Option("--prune", help="first purge all that is older than the farm keeps")] = False,
     data_dir: DataDir = local_farm.DATA_DIR,
 ) -> None:
@@ -170,8 +178,10 @@ def show(
 
 @app.command()
 def diff(
-    before: Annotated[int, typer.Argument(metavar="A", help="an epoch")],
-    after: Annotated[int | None, typer.Argument(metavar="B", help="another; the present one unless given")] = None,
+    before: Annotated[int, typer.Argument(metavar="A", help="an epoch", **EPOCHS)],
+    after: Annotated[
+        int | None, typer.Argument(metavar="B", help="another; the present one unless given", **EPOCHS)
+    ] = None,
     as_json: AsJson = False,
     data_dir: DataDir = local_farm.DATA_DIR,
 ) -> None:
@@ -188,7 +198,7 @@ def diff(
 
 @app.command()
 def rollback(
-    epoch: Annotated[int, typer.Argument(help="whose contents come back, as a new epoch")],
+    epoch: Annotated[int, typer.Argument(help="whose contents come back, as a new epoch", **EPOCHS)],
     yes: Yes = False,
     actor: Actor = None,
     reason: Reason = None,
@@ -284,6 +294,16 @@ def _planned(
         epoch, _ = epoch_now(session)
         check_expected(epoch, expect)
         return epoch, changes.described(plan_files(session, files, prune=prune))
+
+
+def _warn_of_roots(files: "ConfigFiles") -> None:
+    """Say on standard error which models no worker with this process's own model directories would load."""
+    from config_db.model_roots import outside
+
+    roots = load_settings(CommonSettings).model_roots
+    for spec in files.specs:
+        for warning in outside(spec, roots):
+            Screen().warn(f"{spec.id}: {warning}")
 
 
 def _show_plan(found: "Sequence[RowChange]", *, as_json: bool = False, **epochs: int) -> None:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.errors import SetupError
 
 ORPHANS_WAIT_S: Final = 10.0
 _FOLDERS: Final = ("logs", "run", "state")
+_PID: Final = re.compile("[1-9][0-9]{0,8}")
 
 
 class DataDir:
@@ -87,7 +89,8 @@ class DataDir:
         Raises:
             SetupError: some outlive even SIGKILL.
         """
-        former = {int(pid): born for pid, born in self._read("children.json", {}).items() if born is not None}
+        noted = self._read("children.json", {}).items()
+        former = {int(pid): born for pid, born in noted if _PID.fullmatch(pid) and isinstance(born, float)}
         kill_at = monotonic() + ORPHANS_WAIT_S
         while left := processes.left_of(former):
             if monotonic() > kill_at + ORPHANS_WAIT_S:

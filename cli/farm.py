@@ -230,7 +230,7 @@ class FarmPlan:
         roots = [str(directory.resolve()) for directory in options.model_dirs]
         if options.has_demo:
             roots.append(str(demo_directory().resolve()))
-        roots += [root for root in self._settings.model_dirs.split(":") if root]
+        roots += self._settings.model_roots
         environment = dict(os.environ) | {  # noqa: TID251 - children inherit it
             "FARMHAND_REDIS_URL": self.redis_url,
             "FARMHAND_DATABASE_URL": self.database_url,

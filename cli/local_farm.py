@@ -4,10 +4,33 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+import typer
+
 from cli.servers import PostgresServer, RedisServer
+from common.errors import SetupError
 from common.settings import CommonSettings, load_settings
 
 DATA_DIR: Final = Path(".farmhand")
+_SERVERS: Final = ("postgres", "redis")
+
+
+def check_given(context: typer.Context, parameter: typer.CallbackParam, data_dir: Path) -> Path:
+    """Refuse a directory that somebody has named and no farm is in: the default server may be quite another's.
+
+    Raises:
+        SetupError: there is no farm, or it does not say where its own servers listen.
+    """
+    source = context.get_parameter_source(str(parameter.name))
+    if source is None or source.name != "COMMANDLINE":
+        return data_dir
+    if not (data_dir / "lock").is_file():
+        raise SetupError(f"there is no farm in {data_dir}: --data-dir names the directory that `farmhand up` was given")
+    for server in _SERVERS:
+        if _has_own(data_dir, server) and _port(data_dir, server) is None:
+            raise SetupError(
+                f"{data_dir / 'ports.json'} does not say where {server} listens: start the farm there once"
+            )
+    return data_dir
 
 
 def database_url(data_dir: Path = DATA_DIR) -> str:
@@ -30,7 +53,7 @@ def redis_url(data_dir: Path = DATA_DIR) -> str:
 
 def _port(data_dir: Path, server: str) -> int | None:
     """Where a farm's own server listens; None if the farm has none of its own, or there is no farm."""
-    if not (data_dir / server / "password").exists():
+    if not _has_own(data_dir, server):
         return None
     try:
         ports: Any = json.loads((data_dir / "ports.json").read_text())
@@ -38,3 +61,7 @@ def _port(data_dir: Path, server: str) -> int | None:
         return None
     port = ports.get(server) if isinstance(ports, dict) else None
     return port if isinstance(port, int) else None
+
+
+def _has_own(data_dir: Path, server: str) -> bool:
+    return (data_dir / server / "password").exists()

@@ -44,6 +44,10 @@ class Screen:
         """Something that the farm deals with by itself."""
         self._out.print(Text(line, style="yellow"))
 
+    def warn(self, line: str) -> None:
+        """Something that the operator should look at, beside what the command says."""
+        self._err.print(Text.assemble(("warning: ", "bold yellow"), line))
+
     def failed(self, line: str) -> None:
         """Why the command ends."""
         self._err.print(Text.assemble(("error: ", "bold red"), line))

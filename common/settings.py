@@ -39,7 +39,13 @@ class CommonSettings(BaseSettings):
     )
     object_store_endpoint: str = Field("", description="URL of an S3-compatible server; empty: as boto3 is configured")
     extra_families: str = Field("", description="further families, as name=module:Class, comma-separated")
+    model_dirs: str = Field("", description="colon-separated roots under which local model directories are allowed")
     fault: str = Field("", description="tests only: name of the fault point at which this process kills itself")
+
+    @property
+    def model_roots(self) -> tuple[str, ...]:
+        """The roots under which local models are allowed, one by one."""
+        return tuple(root for root in self.model_dirs.split(":") if root)
 
     @property
     def family_places(self) -> dict[str, str]:
@@ -105,7 +111,6 @@ class WorkerSettings(CommonSettings):
         ByteSize(2 * 2**30), description="a host whose memory grows by more that nothing explains is replaced; 0: never"
     )
     device_fraction: float = Field(0.85, gt=0, le=1, description="share of the measured memory that models may hold")
-    model_dirs: str = Field("", description="colon-separated roots under which local model directories are allowed")
     hub_cache: Path | None = Field(None, description="huggingface_hub's cache, read before asking; unset: its default")
     weights_dir: Path | None = Field(
         None, description="where fetched weights are kept; unset: the directory farmhand in the Hub cache"

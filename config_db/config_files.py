@@ -50,6 +50,8 @@ def read_files(directory: Path, *, families: Collection[str] = ()) -> ConfigFile
     Raises:
         SetupError: there is no such directory.
     """
+    if directory.is_file():
+        raise SetupError(f"{directory} is a file: name the directory it is in")
     if not directory.is_dir():
         raise SetupError(f"there is no catalogue directory {directory}")
     reading = _Reading(families)

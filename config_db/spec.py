@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping
 from functools import cache, cached_property
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -87,7 +88,7 @@ class Source(_Part, frozen=True, kw_only=True):
     encoders: Annotated[tuple[EncoderSource, ...], msgspec.Meta(max_length=MAX_ENCODERS)] = ()
 
     def __post_init__(self) -> None:
-        """FieldError unless exactly one place is named, and a revision only with a Hub repository."""
+        """FieldError unless exactly one plain place is named, and a revision only with a Hub repository."""
         if sum(place is not None for place in (self.hub, self.bucket, self.path)) != 1:
             raise FieldError("", "a source names exactly one of hub, bucket and path")
         if self.revision is not None and self.hub is None:
@@ -95,6 +96,8 @@ class Source(_Part, frozen=True, kw_only=True):
         for field, place in (("hub", self.hub), ("revision", self.revision), ("bucket", self.bucket)):
             if place is not None and ".." in place:
                 raise FieldError(field, "a source holds no '..'")
+        if self.path is not None and (not self.path.startswith("/") or ".." in PurePosixPath(self.path).parts):
+            raise FieldError("path", "a path begins with '/' and holds no '..'")
         if len({encoder.hub for encoder in self.encoders}) < len(self.encoders):
             raise FieldError("encoders", "a repository stands among the encoders once")
 

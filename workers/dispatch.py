@@ -54,6 +54,10 @@ class DispatchLimits:
     hang_floor_s: float
     hang_unmeasured_s: float
 
+    def hang_s(self, expected_s: float | None) -> float:
+        """When a micro-batch hangs: at the floor or ten times what it should last, the later; None: never measured."""
+        return self.hang_unmeasured_s if expected_s is None else max(self.hang_floor_s, 10 * expected_s)
+
 
 @dataclass(frozen=True, slots=True)
 class _Running:
@@ -373,7 +377,7 @@ class Dispatcher:
                 operation=first.operation,
                 adapters=adapters if any(adapters) else None,
                 parts=tuple(part.body for part in slices),
-                hang_s=self._hang_s(pick),
+                hang_s=self._limits.hang_s(self._scheduler.pace.seconds(pick.key, pick.tokens)),
             ),
         )
         fault("worker.sent")
@@ -396,11 +400,6 @@ class Dispatcher:
             incarnation = self._incarnation()
             keys = [names.unacked(incarnation), names.started(incarnation), names.OPEN]
             self._link.script("start", keys, arguments)
-
-    def _hang_s(self, pick: Pick) -> float:
-        """The larger of 5 s and ten times the measured time; 60 s until measured."""
-        expected_s = self._scheduler.pace.seconds(pick.key, pick.tokens)
-        return self._limits.hang_unmeasured_s if expected_s is None else max(self._limits.hang_floor_s, 10 * expected_s)
 
     def _change_revisions(self, now: float) -> None:
         """Have new specs loaded beside those that serve; let go of what serves no more once nothing waits for it."""

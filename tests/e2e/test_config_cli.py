@@ -83,6 +83,49 @@ def test_a_plan_says_what_apply_would_do(config: Config, catalogue: Path) -> Non
     assert config.says("apply", catalogue, "--prune") == ["epoch 3: 0 added, 0 changed, 0 removed"]
 
 
+def test_a_plan_warns_of_local_models_where_no_worker_may_look(config: Config, catalogue: Path) -> None:
+    config.environment["FARMHAND_MODEL_DIRS"] = "/srv:/models"
+    assert config("plan", catalogue).stderr == ""
+    config.environment["FARMHAND_MODEL_DIRS"] = "/srv"
+    plan = config("plan", catalogue, "--json")
+    assert (plan.returncode, plan.stderr.count("\n")) == (2, 1)
+    assert plan.stderr.startswith("warning: second: source.path: /models/second lies under none of")
+    assert json.loads(plan.stdout)["add"] == 2
+
+
+def test_a_file_in_place_of_its_directory_is_said_so(config: Config, catalogue: Path) -> None:
+    refused = config("plan", catalogue / "first.yaml")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "first.yaml is a file: name the directory" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("diff", "{}"),
+        ("diff", "1", "{}"),
+        ("rollback", "{}"),
+        ("history", "--limit", "{}"),
+        ("apply", ".", "--expect", "{}"),
+    ],
+)
+def test_numbers_that_no_epoch_can_have_are_refused_before_the_database(words: tuple[str, ...]) -> None:
+    away = {"FARMHAND_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"}
+    refused = farmhand("config", *(word.format(2**63) for word in words), **away)
+    assert refused.returncode == 2
+    assert "Invalid value for" in refused.stderr
+
+
+def test_a_data_directory_without_a_farm_is_no_default_server(config: Config, catalogue: Path) -> None:
+    """A slip in its name must not prune another database."""
+    nowhere = catalogue / "no-farm"
+    for words in (("apply", catalogue, "--prune"), ("plan", catalogue), ("history",)):
+        refused = config(*words, "--data-dir", nowhere)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert f"there is no farm in {nowhere}" in refused.stderr
+    assert config.epoch() == 1
+
+
 def test_a_plan_for_programs(config: Config, catalogue: Path) -> None:
     config.says("apply", catalogue)
     (catalogue / "first.yaml").write_text(FIRST.replace("256", "512"))

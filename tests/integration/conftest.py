@@ -65,6 +65,7 @@ def config_web(
         (),
         DATABASE_URL=postgres_server.fresh_database(),
         EXTRA_FAMILIES="fake=tests.fakes.family:FakeFamily",
+        MODEL_DIRS="/models:/more",
     )
     yield web
     stop_web(web)

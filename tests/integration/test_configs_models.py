@@ -159,7 +159,7 @@ def test_models_are_listed_with_where_they_came_from(web: Web) -> None:
 
 
 def test_the_operator_s_own_family_is_known(web: Web) -> None:
-    made = post(web, {"id": "own/m", "family": "fake", "source": {"path": "/"}})
+    made = post(web, {"id": "own/m", "family": "fake", "source": {"path": "/models/own"}})
     assert (made.status_code, made.json()["warnings"]) == (201, [])
     assert made.json()["routable_bundles_by_profile"] == {"default": ["default"]}
 
@@ -208,3 +208,23 @@ def test_a_large_document_holds_up_nobody(web: Web) -> None:
     assert answered[0].status_code == 400
     assert "more than 20000 values" in answered[0].json()["error"]["message"]
     assert longest_s < alone_s / 2
+
+
+@pytest.mark.parametrize("path", ["models/m", "./m", "../m", "/models/../etc", "/models/.."])
+def test_a_path_that_leads_elsewhere_is_refused(web: Web, path: str) -> None:
+    refused = post(web, {**OURS, "id": "led/elsewhere", "source": {"path": path}})
+    assert refused.status_code in (400, 422)
+    assert "source.path" in refused.text
+
+
+def test_a_path_under_no_allowed_directory_is_warned_of(web: Web) -> None:
+    """The roots of ``config_web`` are /models and /more."""
+    local = {**OURS, "source": {"path": "/etc"}, "adapters": {"a": {"path": "/models-not/a"}, "b": {"path": "/more/b"}}}
+    made = post(web, {**local, "id": "roots/outside"})
+    assert made.status_code == 201
+    assert [warning.split(" lies under none")[0] for warning in made.json()["warnings"]] == [
+        "source.path: /etc",
+        "adapters.a.path: /models-not/a",
+    ]
+    inside = post(web, {**OURS, "id": "roots/inside", "source": {"path": "/models/m"}})
+    assert (inside.status_code, inside.json()["warnings"]) == (201, [])

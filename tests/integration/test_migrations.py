@@ -29,7 +29,18 @@ from config_db.spec import Limits, ModelSpec, Placement, Source
 from tests.services import PostgresServer, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-PREVIOUS = "0001"
+MIGRATIONS = ROOT / "migrations"
+
+
+def revisions() -> list[str]:
+    """All revisions, oldest first."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+
+
+PREVIOUS = revisions()[:-1]
+"""Each that a newer migration may meet, that of the release before among them."""
 OLD_SPEC: dict[str, Any] = {
     "id": "org/m",
     "family": "dense",
@@ -63,19 +74,19 @@ def migrations(url: str) -> Iterator[Config]:
     engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     with engine.connect() as connection:
         config = Config()
-        config.set_main_option("script_location", str(ROOT / "migrations"))
+        config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection
         yield config
         connection.commit()
     engine.dispose()
 
 
-@pytest.fixture
-def previous_url(postgres_server: PostgresServer) -> str:
-    """A database as the release before this one made it."""
+@pytest.fixture(params=PREVIOUS)
+def previous_url(postgres_server: PostgresServer, request: pytest.FixtureRequest) -> str:
+    """A database as a release before this one made it."""
     url = postgres_server.empty_database()
     with migrations(url) as config:
-        command.upgrade(config, PREVIOUS)
+        command.upgrade(config, request.param)
     return url
 
 
@@ -154,7 +165,7 @@ def tables(connection: Connection) -> dict[str, set[str]]:
 def test_every_migration_goes_up_and_down_again(postgres_server: PostgresServer) -> None:
     with migrations(postgres_server.empty_database()) as config:
         connection: Connection = config.attributes["connection"]
-        steps = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+        steps = revisions()
         before: list[dict[str, set[str]]] = []
         for revision in steps:
             command.upgrade(config, revision)
@@ -171,7 +182,7 @@ def test_every_migration_goes_up_and_down_again(postgres_server: PostgresServer)
 
 def test_migrations_are_one_line() -> None:
     config = Config()
-    config.set_main_option("script_location", str(ROOT / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     scripts = ScriptDirectory.from_config(config)
     assert len(scripts.get_heads()) == 1
     assert [script.revision for script in scripts.walk_revisions()][-1] == "0001"

@@ -66,6 +66,16 @@ def test_a_data_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> Non
         data.take(url="")
 
 
+@pytest.mark.parametrize(
+    "left", ['{"x": 1.5}', '{"-1": 1.5}', '{"1e3": 1.5, "": 2.5}', '{"1": "x"}', '{"9%s": 1.5}' % ("9" * 30)]
+)
+def test_damaged_notes_of_former_children_are_survived(tmp_path: Path, left: str) -> None:
+    with DataDir(tmp_path) as data:
+        data.take(url="")
+        (tmp_path / "children.json").write_text(left)
+        data.await_orphans()
+
+
 def test_a_server_keeps_its_port_while_that_is_free(tmp_path: Path) -> None:
     with DataDir(tmp_path) as data:
         data.take(url="")

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 
 from cli import local_farm
+from cli.config import DataDir
 from cli.servers import DATABASE
+from common.errors import SetupError
 
 DEFAULT = "postgresql://127.0.0.1/farmhand"
 
@@ -20,7 +23,44 @@ def farm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / server).mkdir()
         (tmp_path / server / "password").write_text("secret")
     (tmp_path / "ports.json").write_text(json.dumps({"postgres": 5433, "redis": 6380}))
+    (tmp_path / "lock").write_text("")
     return tmp_path
+
+
+def given(data_dir: Path | None) -> Path:
+    """The data directory that a command gets that was given one, or none."""
+    command = typer.Typer()
+    got = []
+
+    @command.command()
+    def note(data_dir: DataDir = local_farm.DATA_DIR) -> None:
+        got.append(data_dir)
+
+    command([] if data_dir is None else ["--data-dir", str(data_dir)], standalone_mode=False)
+    return got[0]
+
+
+def test_a_directory_that_is_named_has_a_farm_in_it(farm: Path) -> None:
+    assert given(farm) == farm
+    assert given(None) == local_farm.DATA_DIR
+    with pytest.raises(SetupError, match=r"there is no farm in .*/none"):
+        given(farm / "none")
+    with pytest.raises(SetupError, match=r"there is no farm in .*/redis"):
+        given(farm / "redis")
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", '{"postgres": 5433}'])
+def test_a_named_farm_whose_ports_are_lost_is_no_default_server(farm: Path, left: str) -> None:
+    (farm / "ports.json").write_text(left)
+    with pytest.raises(SetupError, match="start the farm there once"):
+        given(farm)
+
+
+def test_a_named_farm_on_foreign_servers_needs_no_ports(farm: Path) -> None:
+    for server in ("postgres", "redis"):
+        (farm / server / "password").unlink()
+    (farm / "ports.json").unlink()
+    assert given(farm) == farm
 
 
 def test_it_is_the_farm_on_this_machine(farm: Path) -> None:

@@ -15,6 +15,7 @@ from config_db.export import model_yaml
 from config_db.families import why_unsupported
 from config_db.idempotency import Answer
 from config_db.json_schema import model_schema
+from config_db.model_roots import outside
 from config_db.model_writes import Intent, Written, check_model_id, understand
 from config_db.spec import DEFAULT_PROFILE, ModelSpec
 from webapp.bundles import bundles_of
@@ -143,14 +144,15 @@ def remove(model: str) -> ResponseReturnValue:
 
 def _answer(written: Written, left_out: Sequence[str] = ()) -> Answer:
     """The answer to a write of one model; 201 if it brought a model or a profile."""
-    spec, families = written.spec, farm().settings.family_places
+    settings = farm().settings
+    spec, families = written.spec, settings.family_places
     unsupported = why_unsupported(spec, families)
     kept = [] if unsupported is None else [f"the model is kept, but cannot be served: {unsupported}"]
     body = ModelWritten(
         model_id=spec.id,
         created_profiles=list(written.created),
         existing_profiles_skipped=list(written.skipped),
-        warnings=[*kept, *_shown(left_out)],
+        warnings=[*kept, *_shown([*outside(spec, settings.model_roots), *left_out])],
         routable_bundles_by_profile={name: bundles_of(spec, families) for name in written.created},
         router_id=f"{gethostname()}:{getpid()}",
         **wire.epoch_named(written.published),

@@ -103,7 +103,7 @@ def host_config(settings: WorkerSettings) -> HostConfig:
         gpus=gpus,
         device_memory=int(settings.device_memory) if settings.device_memory is not None else None,
         device_fraction=settings.device_fraction,
-        model_dirs=tuple(root for root in settings.model_dirs.split(":") if root),
+        model_dirs=settings.model_roots,
         extra_families=settings.family_places,
         preimport=tuple(places[name].partition(":")[0] for name in preload if name in places)
         + (("workers.weights.bucket",) if settings.bucket or settings.bucket_sources else ()),

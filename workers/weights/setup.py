@@ -38,7 +38,7 @@ class WeightsSetup(msgspec.Struct, frozen=True, kw_only=True):
 def weights_setup(settings: WorkerSettings) -> WeightsSetup:
     """What the settings say."""
     return WeightsSetup(
-        model_dirs=tuple(root for root in settings.model_dirs.split(":") if root),
+        model_dirs=settings.model_roots,
         hub_cache=str(settings.hub_cache) if settings.hub_cache else None,
         directory=str(settings.weights_dir) if settings.weights_dir else None,
         bucket=settings.bucket or None,
