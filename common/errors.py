@@ -11,6 +11,7 @@ FarmError                      INTERNAL_ERROR
 |  +- MediaTypeError           UNSUPPORTED_MEDIA_TYPE
 |  +- InputTooLongError        INPUT_TOO_LONG         one input is longer than the model takes
 |  +- BodyTooLargeError        INPUT_TOO_LONG         the whole body is over the limit
+|  +- BodyTimeoutError         REQUEST_TIMEOUT        the body came too slowly
 |  +- ConfigError              INVALID_CONFIG         a document is no valid config; ``param`` names its field
 |  |  +- DocumentError         INVALID_CONFIG         it cannot even be read as YAML or JSON
 |  +- IdempotencyError         IDEMPOTENCY_MISMATCH   the idempotency key was used for something else
@@ -123,7 +124,7 @@ class ForbiddenError(RequestError):
 
 
 class MediaTypeError(RequestError):
-    """The body is neither JSON nor msgpack."""
+    """The body is neither JSON nor msgpack, or it is compressed."""
 
     code = "UNSUPPORTED_MEDIA_TYPE"
 
@@ -136,6 +137,12 @@ class InputTooLongError(RequestError):
 
 class BodyTooLargeError(InputTooLongError):
     """The whole request body is over the limit."""
+
+
+class BodyTimeoutError(RequestError):
+    """The request body came too slowly."""
+
+    code = "REQUEST_TIMEOUT"
 
 
 class ConfigError(RequestError):

@@ -66,6 +66,7 @@ class WebSettings(CommonSettings):
         256, gt=0, description="open requests of one tenant in one lane unless its quotas say, if there are several"
     )
     sync_timeout_s: float = Field(120.0, gt=0, description="deadline of a synchronous request by default")
+    body_timeout_s: float = Field(300.0, gt=0, description="how long a request's body may take to arrive")
     web_processes: int = Field(1, gt=0, description="gunicorn processes; one serves some thousand requests a second")
     async_timeout_s: float = Field(3600.0, gt=0, description="deadline of an asynchronous request by default")
     worker_grace_s: float = Field(

@@ -10,13 +10,15 @@ from msgspec import inspect
 
 from common.errors import ConfigError
 from config_db.field_paths import below, joined
-from config_db.spec import FieldError
+from config_db.spec import PATTERNS_IN_WORDS, FieldError
 
 MESSAGE_SHOWN: Final = 300
 WORD_SHOWN: Final = 100
 _UNKNOWN: Final = re.compile(r"unknown field `(.*)`", re.DOTALL)
 _MISSING: Final = re.compile(r"missing required field `(\w+)`")
 _NO_CHOICE: Final = re.compile(r"Invalid enum value '(.*)'", re.DOTALL)
+_PATTERN: Final = re.compile(r"matching regex ('.*')$")
+_WORDS: Final = {repr(pattern): words for pattern, words in PATTERNS_IN_WORDS.items()}
 _STEP: Final = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]|(\[\.\.\.\])")
 
 
@@ -42,9 +44,17 @@ def refusal(error: msgspec.ValidationError, content: Any, kind: type[Any], at: s
     elif isinstance(error.__cause__, FieldError):
         path = joined(path, error.__cause__.field)
     else:
+        what = in_words(what)
         what = what[:1].lower() + what[1:MESSAGE_SHOWN]
     path = joined(at, path)
     return ConfigError(f"{path}: {what}" if path else what, param=path or None)
+
+
+def in_words(what: str) -> str:
+    """A complaint of msgspec, which shows its own patterns, in words for whoever sent the text."""
+    found = _PATTERN.search(what)
+    words = _WORDS.get(found[1]) if found is not None else None
+    return f"Expected {words}" if words is not None else what
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:

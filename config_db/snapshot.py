@@ -5,6 +5,7 @@ How it is read and kept current is for ``reader``.
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final
 from uuid import UUID
@@ -17,6 +18,7 @@ from config_db.likeness import Likeness
 from config_db.spec import DEFAULT_PROFILE, ModelSpec
 
 NEAREST: Final = 3
+PROFILES_SHOWN: Final = 20
 NAME_SHOWN: Final = 200
 """No model's id is longer; of a longer name that is asked for, so much is compared and repeated."""
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -48,6 +50,7 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
         if spec is None:
             nearest = self._nearest(name)
             hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+            hint += self._profiles_hint(name)
             message = f"no model {name[:NAME_SHOWN]!r} is served here{hint}"
             raise ModelNotFoundError(message, param="model", details={"nearest": nearest})
         return spec
@@ -113,8 +116,17 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
         model, colon, profile = name[:NAME_SHOWN].partition(":")
         spec = self._names.get(model)
         if colon and spec is not None:
-            return Likeness((one, f"{spec.id}:{one}") for one in spec.profiles).nearest(profile, NEAREST)
+            alike = Likeness((one, f"{spec.id}:{one}") for one in spec.profiles).nearest(profile, NEAREST)
+            return alike or [spec.id]
         return self._likeness.nearest(model, NEAREST)
+
+    def _profiles_hint(self, name: str) -> str:
+        """Which profiles there are, for who asks for another one of a known model."""
+        model, colon, _ = name[:NAME_SHOWN].partition(":")
+        spec = self._names.get(model) if colon else None
+        if spec is None:
+            return ""
+        return f" The profiles of {spec.id} are {', '.join((DEFAULT_PROFILE, *islice(spec.profiles, PROFILES_SHOWN)))}"
 
 
 EMPTY: Final = Snapshot(0, UUID(int=0))

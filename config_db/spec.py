@@ -23,13 +23,29 @@ WeightsFormat = Literal["safetensors", "pickle"]
 END: Final = r"$(?!\n)"
 """The end of a text in the patterns of Python and of JSON Schema; Python's ``$`` alone lets a line end slip by."""
 MODEL_ID: Final = r"^[a-zA-Z0-9][a-zA-Z0-9._/-]*" + END
+NAME: Final = r"^[a-zA-Z0-9][a-zA-Z0-9._-]*" + END
+MACHINE_PROFILE: Final = r"^[a-z0-9][a-z0-9-]*" + END
+WRITTEN_NAME: Final = r"^[a-zA-Z0-9][a-zA-Z0-9-]*" + END
+"""A pool or a machine profile as a client may write it; both are lower case here."""
+BUCKET: Final = r"^s3://[^/\s@]+(/[^\n]*)?" + END
 MAX_ID: Final = 200
 MAX_PARTS: Final = 100
 """A model has at most so many profiles, adapters and aliases: each profile is a model of its own to whoever reads."""
 MAX_ENCODERS: Final = 4
+_SERVED_ID: Final = r"^[a-zA-Z0-9][a-zA-Z0-9._/-]*(:[a-zA-Z0-9][a-zA-Z0-9._-]*)?" + END
+"""A model's id, or that of one of its profiles, which only ``with_profile`` makes: the config DB takes no colon."""
+PATTERNS_IN_WORDS: Final = {
+    MODEL_ID: "letters and digits of ASCII, and after the first one also `.`, `_`, `-` and `/`",
+    _SERVED_ID: "letters and digits of ASCII, and after the first one also `.`, `_`, `-` and `/`",
+    NAME: "letters and digits of ASCII, and after the first one also `.`, `_` and `-`",
+    MACHINE_PROFILE: "small letters and digits of ASCII, and after the first one also `-`",
+    WRITTEN_NAME: "letters and digits of ASCII, and after the first one also `-`",
+    BUCKET: "an address as s3://bucket/path",
+}
+"""What a text of these patterns is made of, for whoever sent another one."""
 ModelId = Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=MAX_ID)]
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*" + END, max_length=64)]
-MachineProfile = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]*" + END, max_length=64)]
+Name = Annotated[str, msgspec.Meta(pattern=NAME, max_length=64)]
+MachineProfile = Annotated[str, msgspec.Meta(pattern=MACHINE_PROFILE, max_length=64)]
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 PositiveSeconds = Annotated[float, msgspec.Meta(gt=0)]
 Text = Annotated[str, msgspec.Meta(max_length=10_000)]
@@ -39,8 +55,6 @@ MAX_PROMPTS_BYTES: Final = 64 << 10
 Outputs = Annotated[tuple[Output, ...], msgspec.Meta(max_length=MAX_PARTS)]
 Dims = Annotated[dict[str, Positive], msgspec.Meta(max_length=MAX_PARTS)]
 
-_SERVED_ID: Final = r"^[a-zA-Z0-9][a-zA-Z0-9._/-]*(:[a-zA-Z0-9][a-zA-Z0-9._-]*)?" + END
-"""A model's id, or that of one of its profiles, which only ``with_profile`` makes: the config DB takes no colon."""
 DEFAULT_PROFILE: Final = "default"
 _RESERVED_END: Final = re.compile(r"(^|/)status$")
 
@@ -83,7 +97,7 @@ class Source(_Part, frozen=True, kw_only=True):
 
     hub: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=MAX_ID)] | None = None
     revision: Annotated[str, msgspec.Meta(pattern=MODEL_ID, max_length=100)] | None = None
-    bucket: Annotated[str, msgspec.Meta(pattern=r"^s3://[^/\s@]+(/[^\n]*)?" + END, max_length=1000)] | None = None
+    bucket: Annotated[str, msgspec.Meta(pattern=BUCKET, max_length=1000)] | None = None
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=1000)] | None = None
     encoders: Annotated[tuple[EncoderSource, ...], msgspec.Meta(max_length=MAX_ENCODERS)] = ()
 

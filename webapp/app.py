@@ -32,6 +32,7 @@ from webapp.views import (
     tasks,
 )
 from webapp.watchers import Watchers
+from webapp.wire import raw_bodies
 
 _VIEWS: Final = (
     encode,
@@ -55,6 +56,7 @@ _VIEWS: Final = (
 def create_app(settings: WebSettings, snapshots: Snapshots, client: FarmClient) -> Flask:
     """The application over a started snapshot reader and a client of the farm."""
     app = bare_app()
+    app.config[raw_bodies.TIMEOUT] = settings.body_timeout_s
     farms.install(app.extensions, _farm(settings, snapshots, client))
     config_store.install(app.extensions, ConfigStore(settings.database_url))
     door.install(app, door.authenticator(settings, lambda: snapshots.current.keys))

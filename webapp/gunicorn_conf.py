@@ -2,7 +2,7 @@
 
 gevent: a request that waits costs a greenlet, so long polls and slow clients hold no process. What bounds clients
 that misbehave: ``worker_connections`` bounds how many there are; ``keepalive`` also bounds how long the head of a
-request may take; a body that falls silent is cut off by ``webapp.wire.bodies``; header sizes are bounded by the limits
+request may take; a slow body is cut off by ``webapp.wire.raw_bodies``; header sizes are bounded by the limits
 below. An answer is at most some MiB and waits for a slow reader in a greenlet.
 """
 

@@ -4,6 +4,9 @@ Stock gunicorn waits for every open connection until ``graceful_timeout``, also 
 way. Here these are closed when the worker is told to stop, and so are WebSockets; requests under way are answered as
 before. Told to hurry, it cuts the connections of those who still wait; here they are first told to try again, and their
 requests taken back.
+
+A connection on which a body was not read to its end is closed, and the answer says so: stock gunicorn would read on,
+however much came. What cannot be read as a request at all is answered in the shape of every other error.
 """
 
 import os
@@ -16,6 +19,7 @@ import gevent
 from gevent import monkey
 from gunicorn.workers.ggevent import GeventWorker
 
+from webapp import unread, unreadable
 from webapp.farm import farm_of
 
 GIVE_UP_S: Final = 1.0
@@ -39,6 +43,23 @@ class FarmWebWorker(GeventWorker):  # type: ignore[misc]  # gunicorn is untyped
             super().handle(listener, client, addr)
         finally:
             del self._clients[greenlet]
+
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
+        """Answer one request; the connection goes on only if its body was read."""
+        asked_to_close = req.should_close
+        req.should_close = lambda: asked_to_close() or not unread.is_read(req)
+        try:
+            super().handle_request(listener_name, req, sock, addr)
+        except StopIteration:
+            if not unread.is_read(req):
+                unread.linger(sock)
+            raise
+
+    def handle_error(self, _req: Any, client: Any, _addr: Any, exc: BaseException) -> None:
+        """Answer what is no request, or broke outside of the application; the connection is closed after this."""
+        with suppress(OSError):
+            client.sendall(unreadable.answer(exc))
+            unread.linger(client)
 
     def timeout_ctx(self) -> "_Idle":
         """What gunicorn holds while it waits for the head of a request."""

@@ -19,7 +19,7 @@ from webapp.admission import Admitted
 from webapp.auth.principals import principal
 from webapp.farm import Farm, farm
 from webapp.limits import bounds_of
-from webapp.wire import answers, bodies
+from webapp.wire import answers, bodies, raw_bodies
 from webapp.wire.headers import is_msgpack_body, read_idempotency_key, say_replayed
 
 B = TypeVar("B")
@@ -81,7 +81,7 @@ def _once() -> Once | None:
     key = read_idempotency_key()
     if key is None:
         return None
-    return once(principal().tenant, key, incoming.path.encode() + b"\n" + bodies.body_digest())
+    return once(principal().tenant, key, incoming.path.encode() + b"\n" + raw_bodies.body_digest())
 
 
 def _find(here: Farm, operation: Operation, model: str) -> tuple[ModelSpec, int]:

@@ -9,6 +9,7 @@ from flask import Flask, Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
 from common.errors import (
+    BodyTimeoutError,
     BodyTooLargeError,
     CancelledError,
     CapacityError,
@@ -45,6 +46,7 @@ STATUS: Final[dict[type[FarmError], int]] = {
     MethodNotAllowedError: 405,
     MediaTypeError: 415,
     BodyTooLargeError: 413,
+    BodyTimeoutError: 408,
     CapacityError: 503,
     TenantLimitError: 429,
     RateLimitError: 429,
@@ -84,8 +86,6 @@ def problem(error: FarmError) -> Response:
         response.headers["Retry-After"] = whole_seconds(error.retry_after_s or DEFAULT_RETRY_AFTER_S)
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, BodyTooLargeError):
-        response.headers["Connection"] = "close"  # the rest of the body is not worth reading
     set_common(response)
     return response
 

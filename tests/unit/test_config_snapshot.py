@@ -68,6 +68,14 @@ def test_a_profile_almost_right_is_suggested() -> None:
     assert nearest(holding(SHORT), "org/m:shrt")[0] == "org/m:short"
 
 
+def test_a_profile_like_none_names_the_model_and_its_profiles() -> None:
+    held = holding(SHORT, spec("org/n"))
+    assert nearest(held, "m:zzz") == ["org/m"]
+    with pytest.raises(ModelNotFoundError, match=r"The profiles of org/m are default, short, shorter$"):
+        held.model("m:zzz")
+    assert nearest(held, "org/n:zzz") == ["org/n"]
+
+
 def test_a_name_that_two_rows_claim_is_the_id_first_and_then_the_first_models() -> None:
     """Writers see to it that this does not happen; should it, all processes take the same one."""
     specs = [spec("b", "x"), spec("a", "x", "c"), spec("c")]

@@ -413,3 +413,11 @@ def test_whatever_the_bytes_are_they_are_read_or_refused(raw: bytes) -> None:
     except DocumentError:
         return
     assert json.loads(json.dumps(content, allow_nan=False)) == content
+
+
+@pytest.mark.parametrize("field", ["id", "aliases[0]", "source.hub"])
+def test_a_bad_id_is_refused_in_words(field: str) -> None:
+    bad = {"id": {"id": "a b"}, "aliases[0]": {"aliases": ["a b"]}, "source.hub": {"source": {"hub": "a b"}}}[field]
+    error = wrong(**bad)
+    assert (error.param, "regex" in error.message) == (field, False)
+    assert error.message.startswith(f"{field}: expected letters and digits of ASCII")

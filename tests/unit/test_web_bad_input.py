@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 - the table reads better with one case a line
 
+import gzip
 from typing import Any
 
 import msgspec
@@ -124,9 +125,16 @@ def test_every_bad_item_is_listed(web: FlaskClient) -> None:
 
 
 def test_a_body_over_the_limit_is_refused_unread(web: FlaskClient) -> None:
-    response = post(web, b"x" * (4 * 2**20 + 1))
-    error_of(response, 413, "INPUT_TOO_LONG")
-    assert response.headers["Connection"] == "close"
+    error_of(post(web, b"x" * (4 * 2**20 + 1)), 413, "INPUT_TOO_LONG")
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "br, gzip"])
+@pytest.mark.parametrize("path", [MODEL, "/v1/configs/models", "/v1/embeddings"])
+def test_a_compressed_body_is_refused_as_such(web: FlaskClient, coding: str, path: str) -> None:
+    response = post(web, gzip.compress(b'{"items": [{"text": "a"}]}'), path=path, **{"Content-Encoding": coding})
+    assert (response.status_code, response.headers["X-SIE-Error-Code"]) == (415, "UNSUPPORTED_MEDIA_TYPE")
+    assert response.json["error"]["param"] == "Content-Encoding"
+    assert error_of(post(web, b"", **{"Content-Encoding": "identity"}), 400, "INVALID_INPUT")
 
 
 @pytest.mark.parametrize(
@@ -175,8 +183,8 @@ def test_a_wrong_method_names_the_right_ones(web: FlaskClient, method: str, path
     assert response.headers["Allow"]
 
 
-@pytest.mark.parametrize("wait", ["soon", "-1", "nan", "inf", "", "1e999"])
-def test_a_wait_that_is_no_number_of_seconds_is_refused(web: FlaskClient, wait: str) -> None:
+@pytest.mark.parametrize("wait", ["soon", "-1", "nan", "inf", "", "1e999", "1.5", "1.0", "+1"])
+def test_a_wait_that_is_no_whole_number_of_seconds_is_refused(web: FlaskClient, wait: str) -> None:
     assert error_of(web.get(f"/v1/tasks/x?wait={wait}"), 400, "INVALID_INPUT")["param"] == "wait"
 
 

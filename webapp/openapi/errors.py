@@ -8,9 +8,11 @@ from flask import Flask
 
 from common.errors import (
     AuthUnavailableError,
+    BodyTimeoutError,
     BodyTooLargeError,
     FarmError,
     ForbiddenError,
+    MediaTypeError,
     RequestError,
     UnauthenticatedError,
 )
@@ -76,6 +78,6 @@ def _kinds(route: Route) -> Iterator[type[FarmError]]:
     if not route.is_open:
         yield from (UnauthenticatedError, ForbiddenError, AuthUnavailableError)
     if said.body is not None:
-        yield from (RequestError, BodyTooLargeError)
+        yield from (RequestError, BodyTooLargeError, BodyTimeoutError, MediaTypeError)
     elif said.parameters:
         yield RequestError

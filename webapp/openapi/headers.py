@@ -20,7 +20,6 @@ from webapp.wire.headers import ERROR_CODE, REQUEST_ID, SERVER_VERSION
 
 Milliseconds = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0)]
-Wait = Annotated[float, Meta(ge=0)]
 EPOCH: Final = Annotated[int, Meta(ge=0, lt=2**62)]
 
 EVERYWHERE: Final = (
@@ -58,7 +57,7 @@ PREFER: Final = Parameter(name="Prefer", meaning="`respond-async`: queue it, and
 MODE: Final = Parameter(
     name="mode", place="query", kind=Literal["sync", "async"], meaning="`async` is the same as `Prefer: respond-async`."
 )
-WAIT: Final = Parameter(name="wait", place="query", kind=Wait, meaning="Seconds to wait for it, at most 60.")
+WAIT: Final = Parameter(name="wait", place="query", kind=Count, meaning="Whole seconds to wait for it, at most 60.")
 
 WRITE_ERRORS: Final = (
     ConfigError,

@@ -1,21 +1,19 @@
 """Request bodies: bytes in, typed structs out. Whatever is wrong with a body is a RequestError that names the field."""
 
 import re
-from hashlib import sha256
 from math import isfinite
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
-from flask import g, request
 
-from common.errors import BodyTooLargeError, RequestError
+from common.errors import RequestError
+from config_db.refusals import in_words
 from webapp.wire.headers import is_msgpack_body
+from webapp.wire.raw_bodies import read_raw
 
 T = TypeVar("T")
 MAX_DEPTH: Final = 32
 """How deep a free-form value may be nested."""
-BODY_SILENCE_S: Final = 30.0
-"""A client that sends nothing of its body for this long is cut off."""
 _WHERE: Final = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$", re.DOTALL)
 _MISSING: Final = re.compile(r"missing required field `(\w+)`")
 
@@ -108,8 +106,9 @@ def read(kind: type[T], *, max_bytes: int) -> T:
     """The body of the current request as ``kind``.
 
     Raises:
-        MediaTypeError: neither JSON nor msgpack.
+        MediaTypeError: neither JSON nor msgpack, or compressed.
         BodyTooLargeError: more than ``max_bytes``.
+        BodyTimeoutError: it came too slowly.
         RequestError: broken, or not of this shape; ``param`` is the field's path.
     """
     as_msgpack = is_msgpack_body()
@@ -150,54 +149,10 @@ def check_free_form(value: object, *, param: str, depth: int = 0, max_depth: int
         raise RequestError(f"{param} is of a kind that cannot be read here", param=param)
 
 
-def read_raw(max_bytes: int) -> bytes:
-    """The body as it came, of a stated length or chunked.
-
-    Raises:
-        BodyTooLargeError: more than ``max_bytes``.
-        RequestError: it ended early, or nothing more of it came.
-    """
-    environ = request.environ
-    stated = environ.get("CONTENT_LENGTH")
-    if stated and not (stated.isascii() and stated.isdigit()):
-        raise RequestError("Content-Length is not a number")
-    length = int(stated) if stated else None
-    if length is not None and length > max_bytes:
-        raise _too_large(max_bytes)
-    if (sock := environ.get("gunicorn.socket")) is not None:
-        sock.settimeout(BODY_SILENCE_S)
-    try:
-        raw: bytes = environ["wsgi.input"].read(max_bytes + 1 if length is None else length)
-    except TimeoutError as error:
-        raise RequestError(f"nothing of the body arrived for {BODY_SILENCE_S:g} s") from error
-    finally:
-        if sock is not None:
-            sock.settimeout(None)
-    if len(raw) > max_bytes:
-        raise _too_large(max_bytes)
-    if length is not None and len(raw) < length:
-        raise RequestError("the body ended before its stated length")
-    if "HTTP_IDEMPOTENCY_KEY" in environ:
-        g.body_digest = sha256(raw).digest()
-    return raw
-
-
-def body_digest() -> bytes:
-    """A digest of the body that was read; for requests with an idempotency key only."""
-    digest: bytes = g.body_digest
-    return digest
-
-
-def _too_large(max_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError(
-        f"the body is larger than the {max_bytes} bytes that this route takes: send less in one request"
-    )
-
-
 def _mismatch(message: str) -> RequestError:
     """The decoder ends its message with the path; it becomes ``param``."""
     where = _WHERE.search(message)
-    what = message[: where.start()] if where else message
+    what = in_words(message[: where.start()] if where else message)
     path = where.group(1).replace("[...]", "") if where else ""
     if missing := _MISSING.search(what):
         path = f"{path}.{missing.group(1)}" if path else missing.group(1)

@@ -34,9 +34,9 @@ from tasks.codec import dump_json
 from webapp import problems
 from webapp.auth.principals import ANYBODY, principal
 from webapp.openapi.declared import answers_errors_as
-from webapp.wire.bodies import read_raw
 from webapp.wire.config_answers import ConfigProblem, EpochNamed
 from webapp.wire.headers import JSON, set_common
+from webapp.wire.raw_bodies import read_raw
 
 YAML: Final = "application/x-yaml"
 MERGE_PATCH: Final = "application/merge-patch+json"

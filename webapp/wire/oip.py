@@ -18,8 +18,8 @@ from config_db.spec import ModelSpec
 from tasks import codec
 from webapp import problems
 from webapp.openapi.declared import answers_errors_as
-from webapp.wire.bodies import read_raw
 from webapp.wire.headers import BINARY, JSON, set_common
+from webapp.wire.raw_bodies import read_raw
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 TEXT: Final = "text"

@@ -7,16 +7,14 @@ import msgspec
 
 from common.errors import RequestError
 from config_db.access import DEFAULT_LEASE_S, PoolSpec
-from config_db.spec import END
+from config_db.spec import WRITTEN_NAME
 from tasks.live_workers import WorkerView
 from tasks.names import SHARED_POOL
 from webapp.wire.results import ErrorBody
 
-NAME: Final = r"^[a-zA-Z0-9][a-zA-Z0-9-]*" + END
-"""As a client may write a pool or a machine profile; both are lower case here."""
 BUNDLE: Final = "default"
 """The only one there is."""
-PoolName = Annotated[str, msgspec.Meta(pattern=NAME, max_length=64)]
+PoolName = Annotated[str, msgspec.Meta(pattern=WRITTEN_NAME, max_length=64)]
 WorkerCount = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=1, le=86_400)]
 

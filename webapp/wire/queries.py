@@ -1,6 +1,5 @@
 """What stands behind the question mark of an address; RequestError names the parameter that is not as it should be."""
 
-from math import isfinite
 from typing import Final
 
 from flask import request
@@ -22,12 +21,5 @@ def read_number(name: str, *, at_least: int = 0, at_most: int = _MOST) -> int | 
 
 
 def read_wait_s(most_s: float) -> float:
-    """For how long the caller would wait, in seconds, at most ``most_s``; zero if they do not say."""
-    text = request.args.get("wait", "0")
-    try:
-        wait_s = float(text)
-    except ValueError:
-        wait_s = -1.0
-    if not isfinite(wait_s) or wait_s < 0:
-        raise RequestError("wait takes a number of seconds, zero or more", param="wait")
-    return min(wait_s, most_s)
+    """For how long the caller would wait, in whole seconds, at most ``most_s``; zero if they do not say."""
+    return min(read_number("wait") or 0, most_s)
