@@ -81,10 +81,14 @@ def test_however_many_wait_redis_is_asked_once_a_second(redis_url: str, worker: 
     try:
         with ThreadPoolExecutor(20) as pool:
             asked = list(pool.map(lambda _: fleet.epochs_lately(), range(100)))
-        assert [one.name for one in asked[0]] == ["stand-in"]
+        assert "stand-in" in {one.name for one in asked[0]}, (
+            "beside the web process, which tells of itself when it likes"
+        )
         assert all(one is asked[0] for one in asked), "one look, shared"
         worker.tell(epoch=2, machine_profile="cpu")
-        wait_until(lambda: fleet.epochs_lately()[0].epoch == 2, 20, "the next look")
+        wait_until(
+            lambda: ("stand-in", 2) in {(one.name, one.epoch) for one in fleet.epochs_lately()}, 20, "the next look"
+        )
     finally:
         client.close()
 
