@@ -30,7 +30,7 @@ from tasks.results import ResultWatcher
 log = get_logger("tasks")
 
 CLOCK_SYNC_S: Final = 30.0
-PACE_READ_S: Final = 1.0
+PACE_READ_S: Final = 0.5
 
 
 class Connections:

@@ -82,7 +82,7 @@ class Dispatcher:
         limits: bounds of a micro-batch.
         settler: answers requests.
         incarnation: the uuid this process lives under now.
-        on_residency: called when a host came, went, loaded or evicted.
+        on_residency: called when a host came, went, loaded or evicted, or the pace of a queue became known.
         runs_here: whether a model's placement lets it run on this worker.
     """
 
@@ -267,7 +267,8 @@ class Dispatcher:
         self._kick()
         if running is None:
             return
-        self.throughput.done(host, batch, monotonic(), map(_part, running.pick.works, running.slices))
+        if self.throughput.done(host, batch, monotonic(), map(_part, running.pick.works, running.slices)):
+            self._on_residency()  # a flood is refused as soon as it can be: this is told at once, then with each beat
         spent_s = (timing.inference_ms + timing.tokenization_ms) / 1000
         self._scheduler.pace.learn(running.pick.key, max(1, timing.tokens), spent_s)
         fault("worker.batch_done")
@@ -365,7 +366,7 @@ class Dispatcher:
             return
         batch, self._next_batch = self._next_batch, self._next_batch + 1
         self._running[batch] = _Running(host, pick, slices)
-        self.throughput.sent(batch, pick.spec, now, counts=not pick.loads and len(self._scheduler) > 0)
+        self.throughput.sent(batch, pick.spec, now, counts=not pick.loads and self._is_busy(pick))
         self._mark_started([part.held for part in slices], now)
         fault("worker.started")
         first, adapters = slices[0].held.ticket, tuple(part.held.ticket.adapter for part in slices)
@@ -381,6 +382,12 @@ class Dispatcher:
             ),
         )
         fault("worker.sent")
+
+    def _is_busy(self, pick: Pick) -> bool:
+        """Whether there is more to do than this, or this is a good part of what a micro-batch may be."""
+        limits = self._limits
+        is_full = 2 * pick.items >= limits.max_items or 2 * pick.tokens >= limits.max_tokens
+        return is_full or len(self._scheduler) > 0
 
     def _mark_started(self, started: Iterable[Held], now: float) -> None:
         """Count each start once per message and incarnation, written before the frame goes to the host."""

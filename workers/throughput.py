@@ -2,7 +2,7 @@
 
 A micro-batch occupies its host from when it was sent, or from the end of the one before it, to its results; that time
 is parted among its works by their tokens and booked to the queues they came from. Only micro-batches that left others
-waiting say what a worker can do: where nothing waits they are small, and cost more a request. Loads are not counted.
+waiting, or are full, say what a worker can do: small ones cost more a request. Loads are not counted.
 Owned by the event loop thread; instants are monotonic seconds handed in by the caller.
 """
 
@@ -65,23 +65,25 @@ class Throughput:
         self._done_at: dict[int, float] = {}
 
     def sent(self, batch: int, spec: str, now: float, *, counts: bool) -> None:
-        """A host was given a micro-batch; ``counts``: its model is there, and others wait."""
+        """A host was given a micro-batch; ``counts``: its model is there, and others wait or it is full."""
         self._sent[batch] = _Sent(spec, now, counts)
 
-    def done(self, host: int, batch: int, now: float, parts: Iterable[Part]) -> None:
-        """Its results are there."""
+    def done(self, host: int, batch: int, now: float, parts: Iterable[Part]) -> bool:
+        """Its results are there; whether a queue's pace is known by it that was not."""
         sent = self._sent.pop(batch, None)
         if sent is None:
-            return
+            return False
         spent_s = now - max(sent.at, self._done_at.get(host, 0.0))
         self._done_at[host] = now
         self.computed_s += spent_s
         parts = list(parts)
         per_token = spent_s / max(1, sum(part.tokens for part in parts))
         self.late_s += sum(part.tokens for part in parts if part.deadline < now) * per_token
+        known = len(self._queues)
         if sent.counts:
             self._learn_lead(sent, now)
             self._learn(parts, per_token, spent_s, now)
+        return len(self._queues) > known
 
     def lost(self, host: int, batches: Iterable[int]) -> None:
         """A host died with these."""

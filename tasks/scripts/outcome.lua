@@ -28,7 +28,9 @@ for at = 3, #ARGV, FIELDS do
       if admitted == '1' then
         for i = 14, 16 do redis.call('ZREM', ARGV[at + i], id) end
         local clock = ARGV[at + 17]
-        if clock ~= '' and redis.call('EXISTS', clock) == 1 then redis.call('INCRBYFLOAT', clock, ARGV[at + 18]) end
+        local paid = clock ~= '' and redis.call('GET', clock)
+        -- not by INCRBYFLOAT: from a script it corrupts the memory of Redis 6.2
+        if paid then redis.call('SET', clock, string.format('%.6f', paid + ARGV[at + 18]), 'KEEPTTL') end
       end
       if kind == 'reply' then
         redis.call('RPUSH', where, blob)

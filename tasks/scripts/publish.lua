@@ -113,7 +113,8 @@ for at = FIRST, #ARGV, FIELDS do
     end
     if fields.limits and fields.limits[4] > 0 then
       local paid = token_clock(fields.tenant) + fields.limits[5] * MINUTE / fields.limits[4]
-      redis.call('SET', CLOCKS .. fields.tenant, string.format('%.6f', paid), 'EX', math.ceil(paid - now) + MINUTE)
+      redis.call('SET', CLOCKS .. fields.tenant, string.format('%.6f', paid))
+      redis.call('EXPIRE', CLOCKS .. fields.tenant, math.ceil(paid - now) + MINUTE)
     end
     if record ~= '' then
       redis.call('HSET', record, 'state', 'queued', 'model', ARGV[at + 6], 'operation', ARGV[at + 7],

@@ -20,6 +20,7 @@ def worker(name: str = "w", *, hosts: int = 1, request_s: dict[str, float] | Non
     fields = {
         "incarnation": name,
         "node": name,
+        "pool": "default",
         "machine_profile": "cpu",
         "epoch": 1,
         "epoch_id": "",
@@ -46,8 +47,8 @@ def test_a_batch_that_waited_behind_another_is_counted_from_its_end() -> None:
     pace = Throughput()
     pace.sent(1, "spec", 0.0, counts=True)
     pace.sent(2, "spec", 0.0, counts=True)
-    pace.done(7, 1, 1.0, parts(10))
-    pace.done(7, 2, 2.0, parts(10))
+    assert pace.done(7, 1, 1.0, parts(10))
+    assert not pace.done(7, 2, 2.0, parts(10))
     assert pace.request_s() == {INTERACTIVE: 0.1}
     assert pace.computed_s == 2.0
 
