@@ -67,6 +67,8 @@ def build_app(
         enable_utc=True,
         **_tls(redis_url),
     )
+    # Celery would take the tasks' serializer, and whoever asks workers from outside reads nothing but JSON.
+    app.control.mailbox.serializer = "json"
     return app
 
 

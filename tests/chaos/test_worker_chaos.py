@@ -19,6 +19,8 @@ from tests.live import POOL, PROFILE, LiveFarm, LiveWorker, fake_spec
 from tests.services import PostgresServer, RedisServer, wait_until
 
 SLOW = "fake/slow"
+DEATHS_OF_64 = 8
+"""64 requests in one micro-batch, then 32, 16, 8, 4 and 2, and twice the culprit alone."""
 INTERACTIVE = queue_name(POOL, PROFILE, Lane.INTERACTIVE)
 
 
@@ -188,6 +190,7 @@ def test_a_killed_host_takes_no_request_with_it(live: LiveFarm) -> None:
 
 @pytest.mark.parametrize("poison", ["!segfault", "!exit"])
 def test_one_poisonous_request_of_64_fails_alone(live: LiveFarm, poison: str) -> None:
+    """In as many deaths as there are halvings, and one for the second time that it runs alone."""
     worker = live.start_worker()
     worker.signal(signal.SIGSTOP)
     tasks = live.send_many([poison if n == 37 else str(n) for n in range(64)])
@@ -195,6 +198,8 @@ def test_one_poisonous_request_of_64_fails_alone(live: LiveFarm, poison: str) ->
     states = [outcome.state for outcome in live.wait_outcomes(tasks, timeout_s=60)]
     assert states == ["failed" if n == 37 else "succeeded" for n in range(64)]
     assert worker.process.poll() is None
+    deaths = worker.log.read_text(errors="replace").count('"event": "host_lost"')
+    assert deaths == DEATHS_OF_64
     live.assert_settled()
 
 

@@ -1,4 +1,4 @@
-"""Flower, given plain ``redis://``, shows the workers and the tasks of a farm."""
+"""Flower and Celery's own tools, given plain ``redis://``, see the workers and the tasks of a farm."""
 
 import subprocess
 import sys
@@ -8,9 +8,16 @@ from typing import Any
 
 import httpx
 import pytest
+from celery import Celery
 
-from tests.live import ROOT, LiveFarm
+from tests.live import ROOT, LiveFarm, LiveWorker
 from tests.services import free_port, wait_until
+
+
+@pytest.fixture
+def worker(live: LiveFarm) -> LiveWorker:
+    """Named before `flower`, which warns of each question that nobody has answered."""
+    return live.start_worker()
 
 
 @pytest.fixture
@@ -32,9 +39,9 @@ def flower(live: LiveFarm) -> Iterator[httpx.Client]:
     process.wait(10)
 
 
-def test_flower_shows_the_worker_and_the_life_of_a_task(live: LiveFarm, flower: httpx.Client) -> None:
-    worker = live.start_worker()
-
+def test_flower_shows_the_worker_and_the_life_of_a_task(
+    live: LiveFarm, worker: LiveWorker, flower: httpx.Client
+) -> None:
     def shown() -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = flower.get("/workers", params={"json": 1}).json()["data"]
         return [one for one in found if one["hostname"].startswith(worker.name) and one["status"]]
@@ -45,3 +52,27 @@ def test_flower_shows_the_worker_and_the_life_of_a_task(live: LiveFarm, flower: 
     for task, state in ((good, "SUCCESS"), (bad, "FAILURE")):
         wait_until(lambda task=task, state=state: state in flower.get(f"/task/{task}").text, 15, f"the task as {state}")
     wait_until(lambda: shown()[0].get("task-succeeded") == 1, 15, "the worker's count")
+    about = [one["hostname"] for one in shown()]
+    wait_until(lambda: flower.get(f"/worker/{about[0]}").status_code == 200, 15, "the worker's own page")
+    assert "Inspect method" not in (live.directory / "flower.log").read_text()
+
+
+def test_whoever_has_the_broker_alone_may_ask_the_workers(live: LiveFarm, worker: LiveWorker) -> None:
+    done = live.send("x")
+    live.wait_outcomes([done])
+    with Celery(broker=live.redis_url, set_as_current=False) as stranger:
+        ask = stranger.control.inspect(timeout=5, limit=1)
+        (name,) = ask.ping()
+        assert name.startswith(worker.name)
+        for method in ("stats", "active", "reserved", "registered", "conf", "active_queues"):
+            answer = getattr(ask, method)()
+            assert set(answer) == {name}, method
+            assert "error" not in answer[name], (method, answer)
+    said = subprocess.run(
+        [sys.executable, "-m", "celery", "-b", live.redis_url, "inspect", "ping", "--timeout=5"],
+        cwd=live.directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (said.returncode, "pong" in said.stdout) == (0, True), said.stderr

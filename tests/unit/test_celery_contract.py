@@ -14,10 +14,12 @@ from celery.worker.consumer import consumer as consumer_module
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.loops import asynloop
 from kombu.asynchronous.hub import Hub
+from kombu.pidbox import Mailbox, Node
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from redis.connection import Connection, ConnectionPool
 
+from tasks.app import build_app
 from tasks.transport import FarmChannel, FarmQoS, FarmTransport
 
 
@@ -33,6 +35,7 @@ def test_the_tested_minor_version_is_installed(package: str, minor: str) -> None
         (kombu_redis.Channel._brpop_read, ["self", "options"]),
         (kombu_redis.Channel._restore, ["self", "message", "leftmost"]),
         (kombu_redis.Channel.conn_or_acquire, ["self", "client"]),
+        (Node.reply, ["self", "data", "exchange", "routing_key", "ticket", "kwargs"]),
         (kombu_redis.QoS.append, ["self", "message", "delivery_tag"]),
         (kombu_redis.QoS.ack, ["self", "delivery_tag"]),
         (kombu_redis.QoS.reject, ["self", "delivery_tag", "requeue"]),
@@ -63,6 +66,8 @@ def test_a_signature_we_override_or_call_has_not_moved(function: Callable[..., A
         (asynloop, "obj.register_with_event_loop(hub)"),
         (consumer_module.Consumer.on_close, "reserved_requests.clear()"),
         (virtual.Channel.close, "restore_unacked_once"),
+        (Node.reply, "serializer=self.mailbox.serializer"),
+        (Mailbox._publish, "serializer or self.serializer"),
         (state.task_reserved, "add_reserved_request(request)"),
         (state.maybe_shutdown, "should_stop is not None"),
     ],
@@ -77,6 +82,13 @@ def test_our_transport_is_redis_to_celery() -> None:
     assert FarmTransport.driver_type == "redis"
     assert FarmTransport.Channel is FarmChannel
     assert FarmChannel.QoS is FarmQoS
+
+
+def test_workers_are_asked_and_answer_in_json_and_tasks_stay_msgpack() -> None:
+    """Whoever inspects workers from outside, as Flower does, refuses all else."""
+    app = build_app("redis://127.0.0.1:1/0", farm_transport="farm", pool="default", machine_profile="cpu")
+    assert app.control.mailbox.serializer == "json"
+    assert app.conf.task_serializer == "msgpack"
 
 
 def test_a_reset_hub_has_forgotten_its_readers() -> None:
