@@ -33,7 +33,8 @@ SERVING_STOP_S: Final = 8.3
 STORING_STOP_S: Final = 1.0
 UNSERVED_S: Final = 0.5
 """How long the API waits for answers once no worker is left to give any."""
-KILLED_S: Final = 2.0
+KILLED_S: Final = 0.5
+"""How long the kernel may take to bury what was killed. With both stages' waits: the farm ends within 10 s."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

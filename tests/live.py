@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -114,7 +114,8 @@ class LiveFarm:
     transport: str = "farm"
     workers: list[LiveWorker] = field(default_factory=list)
     reply_to: str = field(default_factory=lambda: names.reply_list(f"test-{uuid4().hex}"))
-    sent: dict[str, list[str]] = field(default_factory=dict)
+    sent: set[str] = field(default_factory=set)
+    """Every synchronous request made: each is to have one outcome in the reply list."""
     specs: dict[str, ModelSpec] = field(default_factory=dict)
     epoch: int = 0
 
@@ -207,7 +208,8 @@ class LiveFarm:
         raw = messages.encode_message(
             task_id, ticket, body, queue=queue, reply_to=None if asynchronous else self.reply_to, origin="test"
         )
-        self.sent[task_id] = list(texts)
+        if not asynchronous:
+            self.sent.add(task_id)
         return task_id, ticket, raw
 
     def send(self, *texts: str, lane: Lane = Lane.INTERACTIVE, pool: str = POOL, **rest: Any) -> str:
@@ -264,16 +266,23 @@ class LiveFarm:
             return int(self.redis.llen(self.reply_to)) >= len(wanted) and wanted <= set(self.outcomes())
 
         wait_until(all_there, timeout_s, f"{len(wanted)} outcomes; missing some in {self.reply_to}")
-        found = self.outcomes()
-        counts = Counter({task_id: len(found[task_id]) for task_id in wanted})
-        assert set(counts.values()) == {1}, f"more than one outcome: {[one for one, n in counts.items() if n != 1]}"
-        return [found[task_id][0] for task_id in task_ids]
+        found = self._exactly_one_each(wanted)
+        return [found[task_id] for task_id in task_ids]
 
-    def assert_settled(self) -> None:
-        """Nothing is open, unacknowledged or queued any more."""
+    def assert_settled(self, *unanswered: str) -> None:
+        """Nothing is open, unacknowledged or queued any more, and every request has one outcome, these have none."""
         wait_until(lambda: not self.redis.exists(names.OPEN), 10, "no open task")
+        wait_until(lambda: not any(map(self.waiting, Lane)), 10, "no queued message")
         for incarnation in self.incarnations():
             wait_until(partial(self._holds_nothing, incarnation), 10, "no unacknowledged message")
+        self._exactly_one_each(self.sent.difference(unanswered))
+        assert self.outcomes().keys().isdisjoint(unanswered)
+
+    def _exactly_one_each(self, wanted: Iterable[str]) -> dict[str, Outcome]:
+        found = self.outcomes()
+        wrong = {task_id: len(found[task_id]) for task_id in wanted if len(found[task_id]) != 1}
+        assert not wrong, f"not exactly one outcome: {wrong}"
+        return {task_id: outcomes[0] for task_id, outcomes in found.items()}
 
     def _holds_nothing(self, incarnation: str) -> bool:
         return not self.redis.hlen(names.unacked(incarnation))

@@ -16,7 +16,9 @@ import pytest
 from tasks import names, scripts
 from tasks.names import Lane, queue_name
 from tests.live import POOL, PROFILE, LiveFarm, LiveWorker, fake_spec
+from tests.lossy_line import LossyLine
 from tests.services import PostgresServer, RedisServer, wait_until
+from workers.farm import KOMBU_KEYS
 
 SLOW = "fake/slow"
 DEATHS_OF_64 = 8
@@ -45,8 +47,13 @@ def stoppable(request: Any, own_redis: RedisServer, database_url: str, tmp_path:
     farm.close()
 
 
-def wait_running(worker: LiveWorker) -> None:
-    wait_until(lambda: worker.started() > 0 and worker.held() > 0, 10, "a running batch and unacknowledged messages")
+def wait_running(*workers: LiveWorker) -> None:
+    wait_until(lambda: all(one.started() > 0 and one.held() > 0 for one in workers), 10, "a running batch of each")
+
+
+def start_workers(farm: LiveFarm, count: int, **settings: Any) -> list[LiveWorker]:
+    """So many, of which none can take all that is sent."""
+    return [farm.start_worker(**settings) for _ in range(count)]
 
 
 def die(worker: LiveWorker) -> None:
@@ -135,7 +142,23 @@ def test_a_frozen_worker_cannot_answer_after_it_was_judged_dead(live: LiveFarm) 
 
 
 def test_a_pop_whose_reply_is_lost_is_returned(live: LiveFarm) -> None:
-    """The test pops in the worker's name and never tells it."""
+    """Redis has executed the worker's own pop; the connection breaks before the worker hears of it."""
+    with LossyLine(live.redis_url) as line:
+        worker = live.start_worker(redis_url=line.url)
+        incarnation = worker.incarnation
+        line.lose(live.reply_to)  # every message holds it
+        tasks = live.send_many(map(str, range(20)))
+        assert line.has_caught.wait(10)
+        assert (live.waiting(), worker.held(), worker.started()) == (0, len(tasks), 0)
+        line.break_connection()
+        outcomes = live.wait_outcomes(tasks)
+        assert {outcome.state for outcome in outcomes} == {"succeeded"}
+        assert worker.incarnation == incarnation
+        live.assert_settled()
+
+
+def test_what_is_recorded_as_a_workers_and_is_not_is_returned(live: LiveFarm) -> None:
+    """The test pops in the worker's name and never tells it; the worker compares from time to time."""
     worker = live.start_worker()
     incarnation = worker.incarnation
     wait_until(lambda: worker.held() == 0, 20, "an idle worker")
@@ -156,6 +179,7 @@ def test_a_pop_whose_reply_is_lost_is_returned(live: LiveFarm) -> None:
     wait_until(lambda: live.redis.llen(elsewhere) == 1, 12, "the message to be back in its queue")
     live.redis.rename(elsewhere, INTERACTIVE)
     live.wait_outcomes([task])
+    live.assert_settled()
 
 
 def test_a_full_redis_still_drains(own_redis: RedisServer, database_url: str, tmp_path: Path) -> None:
@@ -176,10 +200,11 @@ def test_a_full_redis_still_drains(own_redis: RedisServer, database_url: str, tm
         farm.close()
 
 
-def test_a_killed_host_takes_no_request_with_it(live: LiveFarm) -> None:
-    worker = live.start_worker()
-    tasks = live.send_many([str(n) for n in range(64)], model=SLOW)
-    wait_running(worker)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_host_takes_no_request_with_it(live: LiveFarm, workers: int) -> None:
+    worker, *others = start_workers(live, workers, intake_max_messages=50)
+    tasks = live.send_many([str(n) for n in range(100)], model=SLOW)
+    wait_running(worker, *others)
     (host,) = worker.host_pids()
     os.kill(host, signal.SIGKILL)
     outcomes = live.wait_outcomes(tasks)
@@ -188,32 +213,47 @@ def test_a_killed_host_takes_no_request_with_it(live: LiveFarm) -> None:
     live.assert_settled()
 
 
-@pytest.mark.parametrize("poison", ["!segfault", "!exit"])
-def test_one_poisonous_request_of_64_fails_alone(live: LiveFarm, poison: str) -> None:
+@pytest.mark.parametrize(("poison", "workers"), [("!segfault", 1), ("!exit", 1), ("!segfault", 2)])
+def test_one_poisonous_request_of_64_fails_alone(live: LiveFarm, poison: str, workers: int) -> None:
     """In as many deaths as there are halvings, and one for the second time that it runs alone."""
-    worker = live.start_worker()
-    worker.signal(signal.SIGSTOP)
+    alive = start_workers(live, workers, intake_max_messages=64 // workers)
+    for worker in alive:
+        worker.signal(signal.SIGSTOP)
     tasks = live.send_many([poison if n == 37 else str(n) for n in range(64)])
-    worker.signal(signal.SIGCONT)
+    for worker in alive:
+        worker.signal(signal.SIGCONT)
     states = [outcome.state for outcome in live.wait_outcomes(tasks, timeout_s=60)]
     assert states == ["failed" if n == 37 else "succeeded" for n in range(64)]
-    assert worker.process.poll() is None
-    deaths = worker.log.read_text(errors="replace").count('"event": "host_lost"')
-    assert deaths == DEATHS_OF_64
+    assert all(worker.process.poll() is None for worker in alive)
+    deaths = sum(worker.log.read_text(errors="replace").count('"event": "host_lost"') for worker in alive)
+    assert DEATHS_OF_64 - workers < deaths <= DEATHS_OF_64
     live.assert_settled()
 
 
 def test_a_hanging_request_is_cut_and_fails_alone(live: LiveFarm) -> None:
-    live.start_worker(hang_floor_s=0.5, hang_unmeasured_s=0.5)
+    worker = live.start_worker(hang_floor_s=1, hang_unmeasured_s=1)
+    hosts = worker.host_pids()
     tasks = live.send_many(["a", "!hang", "b"])
+    wait_until(lambda: worker.started() == len(tasks), 10, "the hang to be running")
+    assert worker.host_pids() == hosts
     states = [outcome.state for outcome in live.wait_outcomes(tasks, timeout_s=30)]
     assert states == ["succeeded", "failed", "succeeded"]
+    assert worker.host_pids() != hosts
+    live.assert_settled()
 
 
-def test_redis_restarts_under_load_while_a_batch_runs(stoppable: LiveFarm, own_redis: RedisServer) -> None:
-    worker = stoppable.start_worker()
+@pytest.mark.parametrize(("stoppable", "workers"), [("farm", 1), ("redis", 1), ("farm", 2)], indirect=["stoppable"])
+def test_redis_restarts_under_load_while_a_batch_runs(
+    stoppable: LiveFarm, own_redis: RedisServer, workers: int
+) -> None:
+    alive = start_workers(stoppable, workers, intake_max_messages=100)
     tasks = stoppable.send_many([str(n) for n in range(300)], model=SLOW)
-    wait_until(lambda: len(stoppable.outcomes()) > 0, 10, "a worker at work")
+    if stoppable.transport == "farm":
+        wait_running(*alive)
+    else:  # kombu's own records do not tell what has been started
+        held = KOMBU_KEYS[0]
+        wait_until(lambda: stoppable.outcomes() and stoppable.redis.hlen(held) > 0, 10, "answers, and what is held")
+    assert stoppable.waiting() > 0
     own_redis.stop()
     own_redis.start()
     stoppable.wait_outcomes([stoppable.send("after")], timeout_s=30)
@@ -222,7 +262,7 @@ def test_redis_restarts_under_load_while_a_batch_runs(stoppable: LiveFarm, own_r
     else:
         stoppable.wait_outcomes(tasks, timeout_s=30)
         stoppable.assert_settled()
-    assert worker.process.poll() is None
+    assert all(worker.process.poll() is None for worker in alive)
 
 
 def test_redis_away_for_longer_than_a_heartbeat(own_redis: RedisServer, database_url: str, tmp_path: Path) -> None:
@@ -242,20 +282,25 @@ def test_redis_away_for_longer_than_a_heartbeat(own_redis: RedisServer, database
 
 
 def test_serving_goes_on_without_postgres(redis_url: str, own_postgres: PostgresServer, tmp_path: Path) -> None:
+    """Away for as long as it takes both lives of a worker to notice, which poll ten times as often as they would."""
     url = own_postgres.fresh_database()
     farm = build(redis_url, url, tmp_path)
     try:
         worker = farm.start_worker()
         own_postgres.stop()
-        stopped_at = monotonic()
-        wait_until(lambda: monotonic() - stopped_at > 3, 10, "several polls to fail")
-        farm.wait_outcomes([farm.send("without postgres")])
+        wait_until(lambda: "config_db_away" in worker.log.read_text(), 10, "a poll to fail")
+        for turn in range(3):
+            outcomes = farm.wait_outcomes(farm.send_many([f"without postgres {turn} {n}" for n in range(100)]))
+            assert {outcome.state for outcome in outcomes} == {"succeeded"}
+        assert "config_db_connected" not in worker.log.read_text().rpartition("config_db_away")[2]
         die(worker)
-        farm.start_worker(state_dir=tmp_path / worker.name)
+        successor = farm.start_worker(state_dir=tmp_path / worker.name)
+        assert "the copy on disk" in successor.log.read_text()
         farm.wait_outcomes([farm.send("from the copy on disk")])
         own_postgres.start()
         farm.add_models(fake_spec("fake/later"))
         farm.wait_outcomes([farm.send("x", model="fake/later")])
+        farm.assert_settled()
     finally:
         farm.close()
 
@@ -278,6 +323,17 @@ def test_sigterm_under_load_answers_what_runs_and_returns_the_rest(live: LiveFar
     live.start_worker()
     live.wait_outcomes(tasks)
     live.assert_settled()
+
+
+def test_a_batch_that_outlasts_its_grace_goes_back_to_the_queue(live: LiveFarm) -> None:
+    worker = live.start_worker(drain_s=1)
+    task = live.send("!sleep:30")
+    wait_until(lambda: worker.started() == 1, 10, "a running batch")
+    asked_at = monotonic()
+    assert worker.stop() == 0
+    assert monotonic() - asked_at > 1, "it did not wait for the running batch"
+    assert live.waiting() == 1
+    assert task not in live.outcomes()
 
 
 def test_the_zygote_is_replaced(live: LiveFarm) -> None:

@@ -16,7 +16,7 @@ from tests.services import free_port, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 READY_S = 60
-STOP_S = 12
+STOP_S = 10
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
