@@ -131,21 +131,6 @@ def test_a_second_computing_takes_no_large_result_away(workers: list[Worker], re
     assert redis.keys(f"{names.result_key('t')}*") == [ref.encode()]
 
 
-def test_correcting_tokens_again_and_again_leaves_redis_whole(workers: list[Worker], redis_server: RedisServer) -> None:
-    """Some commands, called from a script, corrupt the memory of some releases of Redis."""
-    redis, worker = redis_server.client(), workers[0]
-    redis.set(names.token_clock("bounded"), 1000, ex=600)
-    for tag in range(1, 500):
-        held = worker.hold(redis, f"task-{tag}", tag, tenant="bounded")
-        held.tokens_used = tag % 7
-        worker.settler.settle(held, Outcome(task_id=held.id, model="m", spec="s", result=EMPTY))
-    worker.run(499)
-    assert redis.llen(REPLIES) == 499
-    expected = 1000 + sum(tag % 7 - 1 for tag in range(1, 500)) / 10
-    assert float(redis.get(names.token_clock("bounded")) or 0) == pytest.approx(expected)
-    assert 500 < redis.ttl(names.token_clock("bounded")) <= 600
-
-
 def test_tokens_that_were_not_used_are_given_back(workers: list[Worker], redis_server: RedisServer) -> None:
     """Estimated as 1 token each: one used 31, one failed before it was computed, one is nobody's who has a quota."""
     redis, worker = redis_server.client(), workers[0]
