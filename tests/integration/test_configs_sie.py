@@ -132,7 +132,7 @@ def test_adapters_stand_for_families(
 def test_an_adapter_path_may_be_the_operator_s_own(web: Web) -> None:
     document = {
         "sie_id": "own/adapter",
-        "weights_path": "/",
+        "weights_path": "/models/own",
         "tasks": {"encode": {"dense": {"dim": 4}}},
         "profiles": {"default": {"adapter_path": "tests.fakes.family:FakeFamily"}},
     }
