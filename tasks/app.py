@@ -68,7 +68,7 @@ def build_app(
         **_tls(redis_url),
     )
     # Celery would take the tasks' serializer, and whoever asks workers from outside reads nothing but JSON.
-    app.control.mailbox.serializer = "json"
+    app.control.mailbox.serializer = "json"  # type: ignore[attr-defined]  # the stubs lack it
     return app
 
 
