@@ -62,7 +62,7 @@ def test_a_change_reaches_a_reader_within_a_poll(engine: Engine, start_reader: S
     epoch = publish(engine, spec("a"), spec("b"))
     wait_until(lambda: reader.current.epoch == epoch, 2, "the new epoch")
     assert set(reader.current.models) == {"a", "b"}
-    assert seen == [epoch]
+    wait_until(lambda: seen == [epoch], 2, "the subscriber's call")
 
 
 def test_specs_of_a_past_epoch_stay_known(engine: Engine, start_reader: StartReader) -> None:
