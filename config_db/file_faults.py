@@ -10,7 +10,7 @@ import msgspec
 from common.errors import FarmError
 
 MOST_FAULTS: Final = 20
-_REQUIRED: Final = {"id": "x", "family": "dense", "source": {"path": "x"}}
+_REQUIRED: Final = {"id": "x", "family": "dense", "source": {"path": "/x"}}
 """What stands in for a field that must be there, so that the rest can be looked at."""
 _STEP: Final = re.compile(r"\[(\d+)\]|\[(?:'([^']*)'|\"([^\"]*)\")\]|([^.\[\]]+)")
 

@@ -9,9 +9,20 @@ import msgspec
 from tasks import names
 
 
+class LoadFailure(msgspec.Struct, frozen=True, kw_only=True):
+    """How the last load of a spec failed: the error's code and words, which attempt it was, and if others are vain."""
+
+    code: str
+    message: str
+    attempts: int
+    permanent: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerView:
     """What a live worker tells of itself. ``resident`` holds digests of the specs that some host of it holds.
+
+    ``loading`` holds those that some host loads, ``load_failures`` has those whose last load failed.
 
     ``pool`` is the one that it was started for, whichever has reserved it.
 
@@ -37,6 +48,8 @@ class WorkerView:
     gpus: int = 0
     memory_used_bytes: int = 0
     memory_total_bytes: int = 0
+    loading: frozenset[str] = frozenset()
+    load_failures: Mapping[str, LoadFailure] = field(default_factory=dict)
 
 
 class _Told(msgspec.Struct):
@@ -55,6 +68,8 @@ class _Told(msgspec.Struct):
     gpus: int = 0
     memory_used_bytes: int = 0
     memory_total_bytes: int = 0
+    loading: frozenset[str] = frozenset()
+    load_failures: dict[str, LoadFailure] = msgspec.field(default_factory=dict)
 
 
 class Asks(Protocol):
@@ -104,4 +119,6 @@ def _worker(incarnation: str, text: bytes) -> WorkerView | None:
         gpus=told.gpus,
         memory_used_bytes=told.memory_used_bytes,
         memory_total_bytes=told.memory_total_bytes,
+        loading=told.loading,
+        load_failures=told.load_failures,
     )

@@ -11,7 +11,7 @@ from typing import TypeVar
 import pytest
 
 from common.errors import SetupError
-from tests.services import PostgresServer, RedisServer
+from tests.services import PostgresServer, RedisServer, end_what_is_left
 
 Server = TypeVar("Server", RedisServer, PostgresServer)
 MARKED_BY_FOLDER = {"integration": "integration", "e2e": "integration", "chaos": "chaos"}
@@ -35,17 +35,35 @@ def _serve(kind: Callable[[], Server]) -> Iterator[Server]:
     server.remove()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_outlives_its_file() -> Iterator[None]:
+    """What a fixture had started when it failed would serve the next file's requests with a config of its own."""
+    yield
+    end_what_is_left()
+
+
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
+def shared_redis() -> Iterator[RedisServer]:
     """One Redis for all tests that do not stop it."""
     yield from _serve(RedisServer)
+
+
+@pytest.fixture(scope="module")
+def redis_server(shared_redis: RedisServer) -> RedisServer:
+    """The shared Redis, emptied for a file whose tests share a farm."""
+    _empty(shared_redis)
+    return shared_redis
+
+
+def _empty(server: RedisServer) -> None:
+    with server.client() as client:
+        client.flushall()
 
 
 @pytest.fixture
 def redis_url(redis_server: RedisServer) -> str:
     """The shared Redis, emptied."""
-    with redis_server.client() as client:
-        client.flushall()
+    _empty(redis_server)
     return redis_server.url
 
 

@@ -32,9 +32,8 @@ from tasks.batching import batch_key
 from tasks.messages import Outcome, Request, Ticket
 from tasks.names import Lane, Operation, queue_name
 from tasks.publisher import Entry, publish_call
-from tests.services import DYING_WITH_US, wait_until
+from tests.services import spawn, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
 POOL, PROFILE = "default", "cpu"
 FAKE = "fake/a"
 
@@ -155,12 +154,10 @@ class LiveFarm:
             "PYTHONUNBUFFERED": "1",
         }
         environment |= {f"FARMHAND_{key.upper()}": str(value) for key, value in settings.items()}
-        command = [*DYING_WITH_US, sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-n", f"{name}@%h"]
+        command = [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-n", f"{name}@%h"]
         if queues:
             command += ["-Q", ",".join(queues)]
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-        worker = LiveWorker(name, process, log, self)
+        worker = LiveWorker(name, spawn(command, log, environment), log, self)
         self.workers.append(worker)
         if ready:
             wait_until(worker.is_ready, 30, f"worker {name} to be ready")

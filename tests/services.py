@@ -26,6 +26,8 @@ DYING_WITH_US = (
     str(os.getpid()),
 )
 """Becomes the command given after it, and leaves no server behind when the tests are killed."""
+ROOT = Path(__file__).resolve().parent.parent
+_spawned: "list[subprocess.Popen[bytes]]" = []
 
 
 def wait_until(predicate: Callable[[], object], timeout_s: float = 30, what: str = "the condition") -> None:
@@ -43,6 +45,24 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((servers.HOST, 0))
         return int(probe.getsockname()[1])
+
+
+def spawn(command: list[str], log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """Start a process of the farm, which dies with the tests and, at the latest, with the file that started it."""
+    with log.open("wb") as output:
+        process = subprocess.Popen([*DYING_WITH_US, *command], cwd=ROOT, env=environment, stdout=output, stderr=output)
+    _spawned.append(process)
+    return process
+
+
+def end_what_is_left() -> None:
+    """End what ``spawn`` has started and nobody has ended."""
+    for process in _spawned:
+        if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait(STOP_S)
+    _spawned.clear()
 
 
 class _Server:

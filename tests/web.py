@@ -10,9 +10,7 @@ from typing import Any
 
 import httpx
 
-from tests.services import DYING_WITH_US, free_port, wait_until
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.services import free_port, spawn, wait_until
 
 
 @dataclass
@@ -34,7 +32,7 @@ def gunicorn(
     """Command and environment of a web tier; ``application`` is empty for the real one."""
     environment = os.environ | {"FARMHAND_REDIS_URL": redis_url, "FARMHAND_STATE_DIR": str(directory)}
     environment |= {f"FARMHAND_{name}": value for name, value in settings.items()}
-    command = [*DYING_WITH_US, sys.executable, "-m", "gunicorn", "-c", "python:webapp.gunicorn_conf"]
+    command = [sys.executable, "-m", "gunicorn", "-c", "python:webapp.gunicorn_conf"]
     return [*command, "-b", f"127.0.0.1:{port}", *application], environment
 
 
@@ -44,8 +42,7 @@ def start_web(
     port = free_port()
     command, environment = gunicorn(redis_url, directory, port, application, **settings)
     log = directory / "web.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+    process = spawn(command, log, environment)
     web = Web(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30), port, process, log)
 
     def answers() -> bool:

@@ -24,6 +24,7 @@ from tasks.live_workers import WorkerView
 from webapp.admission import may_use
 from webapp.bundles import BUNDLE
 from webapp.fleet import Fleet
+from webapp.model_states import ModelStates, State
 from webapp.wire import cluster as wire
 from webapp.wire.answers import instant
 
@@ -148,7 +149,7 @@ class Cluster:
         for worker in workers:
             for model in worker.loaded_models:
                 holders[model].append(worker)
-        ready = [worker for worker in workers if worker.healthy]
+        ready, states = [worker for worker in workers if worker.healthy], ModelStates(views)
         return wire.Cluster(
             cluster=wire.Summary(
                 worker_count=len(ready),
@@ -157,7 +158,10 @@ class Cluster:
                 total_qps=round(sight.requests_per_s, 1),
             ),
             workers=workers,
-            models=[_model(spec, holders.get(spec.id, [])) for spec in sorted(specs, key=lambda one: one.id)],
+            models=[
+                _model(spec, holders.get(spec.id, []), states.state(spec.digest))
+                for spec in sorted(specs, key=lambda one: one.id)
+            ],
             demand=[_demand(one, served, viewer) for one in sight.demands if viewer.sees_pool(served, one.pool)],
         )
 
@@ -191,10 +195,10 @@ def _worker(view: WorkerView, lengths: Mapping[str, int], name_of: Mapping[str, 
     )
 
 
-def _model(spec: ModelSpec, holders: Sequence[wire.Worker]) -> wire.Model:
+def _model(spec: ModelSpec, holders: Sequence[wire.Worker], state: State) -> wire.Model:
     return wire.Model(
         name=spec.id,
-        state="loaded" if holders else "available",
+        state=state,
         worker_count=len(holders),
         gpu_types=sorted({worker.gpu for worker in holders}),
     )

@@ -18,6 +18,7 @@ from config_db.snapshot import Snapshot
 from tasks.client import FarmClient
 from tasks.live_workers import WorkerView
 from tasks.refusals import RETRY_AFTER_S
+from webapp.model_states import ModelStates
 
 log = get_logger("webapp")
 
@@ -118,12 +119,12 @@ class Fleet:
         self._workers = workers
         self._looked_at = now
 
-    def resident(self) -> frozenset[str]:
-        """Digests of the specs that some host holds; none while Redis is away."""
+    def model_states(self) -> ModelStates:
+        """What has become of each model; while Redis is away nobody says anything."""
         try:
-            return frozenset(digest for worker in self.workers() for digest in worker.resident)
+            return ModelStates(self.workers())
         except QueueUnavailableError:
-            return frozenset()
+            return ModelStates()
 
     def queues(self) -> frozenset[str]:
         """Queues that some live worker consumes."""

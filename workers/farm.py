@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import Any, Final
 
+import msgspec
 import redis
 from celery.worker import state as celery_state
 
@@ -168,6 +169,8 @@ class Farm:
             "memory_used_bytes": sum(sum(host.resident.values()) for host in hosts),
             "memory_total_bytes": sum(host.budget_bytes for host in hosts),
             "resident": sorted({digest for host in hosts for digest in host.resident}),
+            "loading": sorted(self.hosts.loading()),
+            "load_failures": msgspec.to_builtins(self.hosts.load_failures()),
             **self.dispatcher.load(),
         }
 

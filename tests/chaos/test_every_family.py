@@ -87,8 +87,6 @@ def everything(
 ) -> Iterator[Everything]:
     directory = tmp_path_factory.mktemp("every-family")
     every_family.make(directory)
-    with redis_server.client() as client:
-        client.flushall()
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
     models = every_family.specs(directory)
     farm.add_models(*models.values(), fake_spec(POISON), fake_spec(SLOW, item_ms=1500))

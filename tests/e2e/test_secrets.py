@@ -9,8 +9,8 @@ import pytest
 
 from config_db.spec import ModelSpec, Source
 from tests.live import FAKE, LiveFarm, fake_spec
-from tests.services import free_port
-from tests.web import ROOT, gunicorn, start_web, stop_web
+from tests.services import ROOT, free_port
+from tests.web import gunicorn, start_web, stop_web
 
 TOKEN, ADMIN, WRONG = "tok-0123456789abcdef", "adm-0123456789abcdef", "wro-0123456789abcdef"
 ENVIRONMENT = {

@@ -17,8 +17,8 @@ from config_db.spec import Limits
 from tasks import names
 from tests.fakes.family import PLACE, fake_score, fake_vector
 from tests.live import LiveFarm, fake_spec
-from tests.services import PostgresServer, RedisServer, wait_until
-from tests.web import ROOT, start_web, stop_web
+from tests.services import ROOT, PostgresServer, RedisServer, wait_until
+from tests.web import start_web, stop_web
 
 PYTHON = ROOT / "build" / "sdk" / "bin" / "python"
 
@@ -31,7 +31,7 @@ def said(
     if not PYTHON.exists():
         assert not os.environ.get("CI"), "`make test` installs the SDK"
         pytest.skip("the SDK is not installed: `make test` does that")
-    with redis_server.client() as client:
+    with redis_server.client() as client:  # the worker of the former parameter is not to be known
         client.flushall()
     directory: Path = tmp_path_factory.mktemp("sdk")
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)

@@ -58,8 +58,6 @@ def farm(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[LiveFarm]:
     directory = tmp_path_factory.mktemp("farm")
-    with redis_server.client() as client:
-        client.flushall()
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
     farm.add_models(spec_with(adapted["bert"], law="small", money="wide"))
     farm.start_worker(hub_cache=directory / "hub", ready=False)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.services import ROOT
 from tests.standin import build_web
-from tests.web import ROOT, Web
+from tests.web import Web
 
 PAGE = (ROOT / "docs/config-api.md").read_text()
 SHOWN = re.findall(r"^```sh\n(.*?)^```\n```(json|yaml)\n(.*?)^```", PAGE, re.M | re.S)

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from celery import Celery
 
-from tests.live import ROOT, LiveFarm, LiveWorker
-from tests.services import free_port, wait_until
+from tests.live import LiveFarm, LiveWorker
+from tests.services import ROOT, free_port, wait_until
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,8 +20,6 @@ LOAD_S = 3.0
 def farm(
     redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveFarm]:
-    with redis_server.client() as client:
-        client.flushall()
     directory = tmp_path_factory.mktemp("loading")
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
     slow = [fake_spec(name, load_ms=LOAD_S * 1000) for name in ("org/m", "org/behind", "org/openai", "org/v2")]
@@ -28,6 +27,7 @@ def farm(
     farm.add_models(
         *(msgspec.structs.replace(spec, limits=quick) for spec in slow),
         fake_spec("org/broken", load_fails="permanent"),
+        fake_spec("org/deadly", load_fails="segfault"),
         fake_spec("org/now"),
     )
     farm.start_worker()
@@ -42,15 +42,23 @@ def web(farm: LiveFarm) -> Iterator[Web]:
     stop_web(web)
 
 
+def state_of(web: Web, model: str) -> tuple[str, Any]:
+    told = web.http.get(f"/v1/models/{model}").json()
+    return told["state"], told["last_error"]
+
+
 def test_a_load_that_outlasts_the_deadline_is_said_so_and_goes_on(web: Web) -> None:
     """Also to who waits behind it: the one host has no time for another model."""
+    assert state_of(web, "org/m") == ("available", None)
     late = web.encode("x")
     assert (late.status_code, late.json()["error"]["code"]) == (503, "MODEL_LOADING")
     assert (late.headers["X-SIE-Error-Code"], late.headers["Retry-After"]) == ("MODEL_LOADING", "5")
     assert "'org/m' is still being loaded" in late.json()["error"]["message"]
     behind = web.http.post("/v1/encode/org/behind", json={"items": [{"text": "x"}]})
     assert (behind.status_code, behind.json()["error"]["code"]) == (503, "MODEL_LOADING")
+    wait_until(lambda: state_of(web, "org/behind")[0] == "loading", 10, "the next one to be told of as loading")
     wait_until(lambda: web.encode("x").status_code == 200, 60, "the model to be loaded")
+    wait_until(lambda: state_of(web, "org/m") == ("loaded", None), 10, "it to be told of as loaded")
 
 
 def test_other_protocols_say_it_in_their_own_words(web: Web) -> None:
@@ -72,6 +80,19 @@ def test_a_model_that_cannot_be_loaded_is_no_reason_to_try_again(web: Web) -> No
         error = response.json()["error"]
         assert (response.status_code, error["code"], error["permanent"]) == (502, "MODEL_LOAD_FAILED", True)
         assert "Retry-After" not in response.headers
+    wait_until(lambda: state_of(web, "org/broken")[0] == "failed", 10, "it to be told of")
+    _, last = state_of(web, "org/broken")
+    assert last == {"code": "MODEL_LOAD_FAILED", "message": error["message"], "attempts": 1, "permanent": True}
+    (shown,) = [one for one in web.http.get("/health").json()["models"] if one["name"] == "org/broken"]
+    assert (shown["state"], shown["worker_count"]) == ("failed", 0)
+
+
+def test_a_load_that_ends_its_host_is_told_of(web: Web) -> None:
+    web.http.post("/v1/encode/org/deadly", json={"items": [{"text": "x"}]})
+    wait_until(lambda: state_of(web, "org/deadly")[0] == "failed", 10, "it to be told of")
+    _, last = state_of(web, "org/deadly")
+    assert (last["code"], last["permanent"]) == ("MODEL_LOAD_FAILED", False)
+    assert "ended the model process" in last["message"]
 
 
 def test_a_reply_that_never_comes_is_a_504_everywhere(web: Web, farm: LiveFarm) -> None:

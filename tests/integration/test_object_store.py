@@ -75,8 +75,6 @@ def served(
 ) -> Iterator[Served]:
     bucket = BucketServer(*server, name=f"payloads-{uuid4().hex}")
     bucket.client.create_bucket(Bucket=bucket.name)
-    with redis_server.client() as client:
-        client.flushall()
     live = LiveFarm(redis_server.url, postgres_server.fresh_database(), tmp_path_factory.mktemp("live"))
     live.add_models(fake_spec(), fake_spec(WIDE, dim=WIDTH))
     live.start_worker(object_store=bucket.uri, object_store_endpoint=bucket.url)

@@ -15,8 +15,8 @@ import schemathesis
 
 from tests.fakes.family import PLACE
 from tests.live import LiveFarm, fake_spec
-from tests.services import PostgresServer, RedisServer
-from tests.web import ROOT, Web, start_web, stop_web
+from tests.services import ROOT, PostgresServer, RedisServer
+from tests.web import Web, start_web, stop_web
 from webapp.openapi.inference import EMBEDDER, EXTRACTOR, RERANKER
 from webapp.wire.headers import MSGPACK
 
@@ -55,8 +55,6 @@ def web(
     redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Web]:
     directory = tmp_path_factory.mktemp("openapi")
-    with redis_server.client() as client:
-        client.flushall()
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
     farm.add_models(
         fake_spec(EMBEDDER),

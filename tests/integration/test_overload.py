@@ -33,8 +33,6 @@ SLOW = "fake/slow"
 def live(
     redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveFarm]:
-    with redis_server.client() as client:
-        client.flushall()
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), tmp_path_factory.mktemp("overload"))
     farm.add_models(fake_spec(SLOW, item_ms=ITEM_MS), fake_spec("fake/bounded"))
     farm.start_worker(batch_max_items=8)

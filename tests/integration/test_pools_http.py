@@ -87,8 +87,6 @@ class Shop:
 def shop(
     redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Shop]:
-    with redis_server.client() as client:
-        client.flushall()
     directory: Path = tmp_path_factory.mktemp("pools")
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
     farm.add_models(

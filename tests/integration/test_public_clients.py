@@ -24,8 +24,6 @@ def web(
     redis_server: RedisServer, postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Web]:
     directory = tmp_path_factory.mktemp("clients")
-    with redis_server.client() as client:
-        client.flushall()
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
     ranks = msgspec.structs.replace(fake_spec("org/rank"), operations=("score",), outputs=("score",))
     farm.add_models(msgspec.structs.replace(fake_spec("org/m"), matryoshka=(2,)), ranks)

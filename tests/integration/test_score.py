@@ -56,8 +56,6 @@ def farm(
 ) -> Iterator[Farm]:
     directory = tmp_path_factory.mktemp("score")
     folders = {"tiny/cross": cross_encoders / "bert" / "st", "tiny/causal": causal_rerankers / "qwen3" / "two-words"}
-    with redis_server.client() as client:
-        client.flushall()
     database_url = postgres_server.fresh_database()
     live = LiveFarm(redis_server.url, database_url, directory)
     rankers = [

@@ -37,8 +37,6 @@ def web(
 ) -> Iterator[Web]:
     """A whole farm: web tier, one worker of one host, and the models, each as its folder says."""
     directory = tmp_path_factory.mktemp("vectors")
-    with redis_server.client() as client:
-        client.flushall()
     with closing(LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)) as farm:
         for name, folder in MODELS.items():
             spec = spec_of_directory(tiny / folder, model_id=name)

@@ -19,9 +19,9 @@ from common.errors import InferenceError
 from config_db.catalog import apply_models
 from config_db.engine import open_engine
 from tasks import codec, names
-from tests.services import RedisServer, free_port, wait_until
+from tests.services import ROOT, RedisServer, free_port, wait_until
 from tests.standin import QUEUE, SPECS, StandIn, vector_of
-from tests.web import ROOT, Web, gunicorn, start_web, stop_web
+from tests.web import Web, gunicorn, start_web, stop_web
 
 MSGPACK = "application/msgpack"
 AS_JSON = {"Content-Type": "application/json"}

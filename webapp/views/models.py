@@ -1,4 +1,4 @@
-"""``/v1/models``: what is served, and whether it is loaded now. Reading never loads a model."""
+"""``/v1/models``: what is served, and what has become of it: loaded, loading, failed. Reading never loads a model."""
 
 from typing import Final
 
@@ -8,9 +8,11 @@ from flask.typing import ResponseReturnValue
 from common.errors import ModelNotFoundError, ModelUnsupportedError
 from config_db.families import why_unsupported
 from config_db.spec import DEFAULT_PROFILE, ModelSpec, plain
+from tasks.live_workers import LoadFailure
 from webapp.admission import check_access, may_use
 from webapp.auth.principals import principal
 from webapp.farm import farm
+from webapp.model_states import ModelStates
 from webapp.openapi.declared import declared
 from webapp.openapi.inference import EMBEDDER
 from webapp.wire import answers
@@ -25,11 +27,11 @@ _THE_MODEL: Final = {"is_default": True}
 @declared(ModelList)
 def index() -> ResponseReturnValue:
     """All models, and their profiles as models of their own, by name; twice, for two kinds of clients."""
-    resident = farm().fleet.resident()
+    states = farm().fleet.model_states()
     tenant = principal().tenant
     usable = (spec for spec in farm().served.all_specs() if may_use(spec, tenant))
     specs = sorted(usable, key=lambda spec: spec.id)
-    infos = [_info(spec, is_loaded=spec.digest in resident) for spec in specs]
+    infos = [_info(spec, states) for spec in specs]
     return answers.answer(ModelList(models=infos, object="list", data=[_listed(spec) for spec in specs]))
 
 
@@ -39,7 +41,7 @@ def show(model: str) -> ResponseReturnValue:
     """One model, by its id, an alias, or ``<either>:<profile>``."""
     spec = farm().served.model(model)
     check_access(spec, principal().tenant)
-    info = _info(spec, is_loaded=spec.digest in farm().fleet.resident())
+    info = _info(spec, farm().fleet.model_states())
     return answers.answer(ModelCard(**info, **_listed(spec)))
 
 
@@ -48,16 +50,17 @@ def _listed(spec: ModelSpec) -> ListedModel:
     return {"id": spec.id, "object": "model", "created": 0, "owned_by": "farmhand"}
 
 
-def _info(spec: ModelSpec, *, is_loaded: bool) -> ModelInfo:
+def _info(spec: ModelSpec, states: ModelStates) -> ModelInfo:
     unsupported = why_unsupported(spec)
+    state = states.state(spec.digest) if unsupported is None else "unsupported"
     return {
         "name": spec.id,
         "inputs": list(spec.inputs),
         "outputs": list(spec.outputs),
         "dims": dict(spec.dims),
-        "loaded": is_loaded,
-        "state": "unsupported" if unsupported is not None else "loaded" if is_loaded else "available",
-        "last_error": _never_served(unsupported) if unsupported is not None else None,
+        "loaded": state == "loaded",
+        "state": state,
+        "last_error": _met(states.last_error(spec.digest)) if unsupported is None else _never_served(unsupported),
         "max_sequence_length": spec.max_length,
         "profiles": {
             DEFAULT_PROFILE: _THE_MODEL,
@@ -66,6 +69,18 @@ def _info(spec: ModelSpec, *, is_loaded: bool) -> ModelInfo:
         "revision": spec.source.revision,
         "capabilities": None,
         "aliases": list(spec.aliases),
+    }
+
+
+def _met(failure: LoadFailure | None) -> LastError | None:
+    """The error that a worker met when it loaded the model last."""
+    if failure is None:
+        return None
+    return {
+        "code": failure.code,
+        "message": failure.message,
+        "attempts": failure.attempts,
+        "permanent": failure.permanent,
     }
 
 

@@ -6,7 +6,7 @@ from config_db.spec import Input, Output
 
 
 class LastError(TypedDict):
-    """Why a model cannot be served, in the form of an error that was met when loading."""
+    """How the last load of a model failed, or, in the same form, why it is never tried."""
 
     code: str
     message: str
@@ -15,14 +15,14 @@ class LastError(TypedDict):
 
 
 class ModelInfo(TypedDict):
-    """A model, or one of its profiles as a model of its own, and whether it is loaded now."""
+    """A model, or one of its profiles as a model of its own, and what has become of it."""
 
     name: str
     inputs: list[Input]
     outputs: list[Output]
     dims: dict[str, int]
     loaded: bool
-    state: Literal["available", "loaded", "unsupported"]
+    state: Literal["available", "loading", "loaded", "failed", "unsupported"]
     last_error: LastError | None
     max_sequence_length: int | None
     profiles: dict[str, Any]

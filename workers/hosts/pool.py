@@ -8,18 +8,19 @@ memory has grown, and it is given nothing more] -> lost, and then another one, u
 event loop's thread owns everything here; the watchdog's thread kills hosts that hang.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from common.errors import FarmError
 from common.logs import get_logger
 from config_db.spec import ModelSpec, Source
+from tasks.live_workers import LoadFailure
 from workers.host.frames import NO_ROOM, Batch, Done, Evict, Fetch, Fetched, FromHost, Grown, Load, ModelNews, Ready
 from workers.host.stages import Stage
 from workers.hosts.checks import check_devices
 from workers.hosts.config import HostConfig
 from workers.hosts.link import Link
-from workers.hosts.load_deaths import LoadDeaths
+from workers.hosts.load_failures import LoadFailures
 from workers.hosts.protocol import BatchTiming, HostBatch, HostEvents, HostView, PartResult
 from workers.hosts.state import HostState
 from workers.hosts.watchdog import Watchdog
@@ -50,7 +51,7 @@ class HostPool:
         self._hosts: dict[int, HostState] = {}
         self._next_host = 1
         self._early_deaths = 0
-        self._load_deaths = LoadDeaths()
+        self._load_failures = LoadFailures()
         self._zygote = Zygote(
             config, on_started=self._ask_for_hosts, on_exited=self._on_exited, on_lost=self._on_zygote_lost
         )
@@ -81,11 +82,19 @@ class HostPool:
         """Those that are ready."""
         return [host.view for host in self._hosts.values() if host.takes_work]
 
+    def loading(self) -> frozenset[str]:
+        """Digests of the specs that some host loads or was asked to load, be it ready or not."""
+        return frozenset().union(*(host.view.loading for host in self._hosts.values()))
+
+    def load_failures(self) -> Mapping[str, LoadFailure]:
+        """How the last load of a spec failed, by digest, if it has not been loaded since."""
+        return self._load_failures.last()
+
     def send(self, host: int, batch: HostBatch) -> None:
         """Give a host a micro-batch; never blocks. A host that dies meanwhile is reported as lost with it."""
         target = self._hosts[host]
         target.owe(batch.id, batch.hang_s)
-        refusal = self._load_deaths.refusal(batch.spec)
+        refusal = self._load_failures.refusal(batch.spec)
         if refusal is not None and batch.spec.digest not in target.view.resident:
             self._hub.call_soon(self._refuse, target, batch.id, len(batch.parts), refusal)
             return
@@ -100,7 +109,7 @@ class HostPool:
         """
         target = self._hosts[host]
         is_known = spec.digest in target.view.resident or spec.digest in target.view.loading
-        if is_known or self._load_deaths.refusal(spec):
+        if is_known or self._load_failures.refusal(spec):
             return False
         target.view.loading |= {spec.digest}
         target.introduce(spec)
@@ -247,7 +256,9 @@ class HostPool:
             view.loading -= {news.spec}
         if news.event == "loaded":
             view.resident[news.spec] = news.detail["bytes"]
-            self._load_deaths.forget(news.spec)
+            self._load_failures.loaded(news.spec)
+        elif news.event == "load_failed":
+            self._load_failures.failed(news.spec, news.detail["error"])
         elif news.event == "evicted":
             view.resident.pop(news.spec, None)
             view.evictions.append({"spec": news.spec, **news.detail})
@@ -296,8 +307,9 @@ class HostPool:
         reason = host.killed_for or (describe_status(host.status) if host.status is not None else "its link was closed")
         suspects = {note.batch for note in doing if note.stage is not Stage.LOAD} & host.outstanding.keys()
         for note in doing:
-            if note.stage is Stage.LOAD:
-                self._load_deaths.note(host.spec_of(note.spec_number), reason)
+            spec = host.spec_of(note.spec_number)
+            if note.stage is Stage.LOAD and spec is not None:
+                self._load_failures.host_died(spec, reason)
         self._early_deaths = 0 if host.ready is not None else self._early_deaths + 1
         if replace:
             self._replace()

@@ -58,6 +58,6 @@ class HostState:
         """Whether it may be given micro-batches."""
         return self.is_announced and not self.is_retiring and not self.link.is_closed
 
-    def spec_of(self, number: int) -> str:
-        """The digest of the spec that the board names by this number."""
-        return next((digest for digest, known in self.spec_numbers.items() if known == number), "")
+    def spec_of(self, number: int) -> ModelSpec | None:
+        """The spec that the board names by this number; None if it names none."""
+        return next((self.introduced[digest] for digest, known in self.spec_numbers.items() if known == number), None)
