@@ -7,6 +7,7 @@ computed while the next is tokenised, and a load holds up only the micro-batches
 Ends by ``os._exit`` when the link is closed (the worker has gone, or wants it gone) or the device is lost.
 """
 
+import gc
 import os
 import socket
 import sys
@@ -60,7 +61,7 @@ BATCHES_UNTIL_PACKED: Final = 16
 """Micro-batches after which a model has shown that it stays; packing costs about as much as one of them."""
 _READ_BYTES: Final = 1 << 18
 TRIM_FOR_S: Final = 10.0
-"""So long after a load, memory that it freed is given back: copies of weights are written and exchanged meanwhile."""
+"""So long after a load or an eviction, freed memory is given back: copies of weights are written meanwhile."""
 LOOK_S: Final = 0.5
 """So often the loader looks for what has been idle for too long, and at what the process holds."""
 
@@ -83,7 +84,8 @@ class Host:
         self._setup = setup
         self._born_bytes = devices.held_bytes(self._device)
         self._has_told_of_growth = False
-        self._loaded_at = self._looked_at = float("-inf")
+        self._has_evicted = False
+        self._churned_at = self._looked_at = float("-inf")
         budget = devices.measure_budget(self._device, setup)
         self._residency: Residency[Model] = Residency(budget, self._on_evicted)
         self._loader = Loader(setup, self._device, self._residency, self._tell)
@@ -159,7 +161,7 @@ class Host:
             elif hint is not None and not self._is_coming(self._hints, hint):
                 self._load_on(hint)
             if batch is not None or hint is not None:
-                self._loaded_at = monotonic()
+                self._churned_at = monotonic()
             self._look_round()
 
     def _look_round(self) -> None:
@@ -170,7 +172,11 @@ class Host:
         self._looked_at = now
         self._residency.unload_idle()
         self._watch_growth()
-        if now - self._loaded_at < TRIM_FOR_S:
+        if self._has_evicted:
+            self._has_evicted = False
+            self._churned_at = now
+            gc.collect()  # a model may be part of a cycle, and nobody would look for those before much more is made
+        if now - self._churned_at < TRIM_FOR_S:
             devices.trim()
 
     def _is_coming(self, queue: deque[Any], wanted: Batch | Load) -> bool:
@@ -302,20 +308,22 @@ class Host:
     # -- the compute thread ------------------------------------------------------------------------------------------
 
     def _compute(self) -> None:
-        while True:
-            job = self._jobs.get()
-            batch = job.progress.batch
-            if not batch.parts:
-                self._warm_up(job)
-                continue
-            try:
-                self._run(job)
-            finally:
-                self._adapters.release(batch.spec, job.adapters)
-                self._residency.release(batch.spec, [keep_alive_s(one.options) for one in job.requests] or (None,))
-            if job.progress.is_answered:
-                self._outbox.send(job.progress.done())
-            self._settle_in(batch.spec)
+        while True:  # while it waits, nothing here may name the last job: that would keep its model in memory
+            self._compute_one(self._jobs.get())
+
+    def _compute_one(self, job: Job) -> None:
+        batch = job.progress.batch
+        if not batch.parts:
+            self._warm_up(job)
+            return
+        try:
+            self._run(job)
+        finally:
+            self._adapters.release(batch.spec, job.adapters)
+            self._residency.release(batch.spec, [keep_alive_s(one.options) for one in job.requests] or (None,))
+        if job.progress.is_answered:
+            self._outbox.send(job.progress.done())
+        self._settle_in(batch.spec)
 
     def _settle_in(self, digest: str) -> None:
         """Pack the weights of a model that stays, where memory is to spare: nobody else leaves for that."""
@@ -379,6 +387,7 @@ class Host:
     def _on_evicted(self, left: Eviction) -> None:
         self._adapters.forget(left.key)
         self._served.pop(left.key, None)
+        self._has_evicted = True
         self._tell(left.key, "evicted", left.details())
 
     def _fatal(self, work: Any) -> Any:
