@@ -121,9 +121,11 @@ def _overload(effort: Effort) -> tuple[Measured, Measured, Measured]:
         flood = Stream(
             name="flood", model=DEMO, texts=OVERLOAD_TEXTS, rate=OVERLOAD * capacity, deadline_ms=DEADLINE_MS
         )
-        before, memory = _computed(farm), sum(farm.pss_mb().values())
+        load(farm, seconds / 4, flood)
+        before, memory = _computed(farm), farm.pss_mb()
         found = load(farm, seconds, flood)
-        after, grown = _computed(farm), sum(farm.pss_mb().values()) - memory
+        after, held = _computed(farm), farm.pss_mb()
+        grown = {role: held[role] - memory.get(role, 0.0) for role in held}
         seen = found["streams"]["flood"]
     statuses = {int(status): count for status, count in seen["statuses"].items()}
     admitted = statuses.get(200, 0) + statuses.get(504, 0)
@@ -139,7 +141,11 @@ def _overload(effort: Effort) -> tuple[Measured, Measured, Measured]:
         )
         measured.note(
             f"load generator: {found['cpu_share']:.0%} of a core, sent at most {seen['late_start_ms']:.0f} ms late; "
-            f"memory of the farm {grown:+.0f} MiB; ms a request: {shares(found['cpu_ms'])}"
+            f"ms a request: {shares(found['cpu_ms'])}"
+        )
+        measured.note(
+            f"memory, after {seconds / 4:.0f} s of such a flood, grew by {sum(grown.values()):.0f} MiB: "
+            + ", ".join(f"{role} {mib:+.0f}" for role, mib in sorted(grown.items()))
         )
     return in_deadline, goodput, expired
 
