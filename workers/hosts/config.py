@@ -66,11 +66,7 @@ class HostConfig:
         )
 
     def environment(self) -> dict[str, str]:
-        """The zygote's: ours, the modules we see, and what BLAS, OpenMP, tokenizers and glibc read when they start.
-
-        One arena: the end of any other one stays with the process when weights there are freed, since ``malloc_trim``
-        cuts only the first (``mtrim`` and ``systrim`` in glibc's malloc.c).
-        """
+        """The zygote's: ours, the modules we see, and what BLAS, OpenMP and tokenizers read when they load."""
         threads = str(self.torch_threads)
         return {
             **os.environ,  # noqa: TID251 - handed on, not read
@@ -79,7 +75,6 @@ class HostConfig:
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false",
-            "MALLOC_ARENA_MAX": "1",
         }
 
 
