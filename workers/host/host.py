@@ -7,7 +7,6 @@ computed while the next is tokenised, and a load holds up only the micro-batches
 Ends by ``os._exit`` when the link is closed (the worker has gone, or wants it gone) or the device is lost.
 """
 
-import gc
 import os
 import socket
 import sys
@@ -84,7 +83,6 @@ class Host:
         self._setup = setup
         self._born_bytes = devices.held_bytes(self._device)
         self._has_told_of_growth = False
-        self._has_evicted = False
         self._churned_at = self._looked_at = float("-inf")
         budget = devices.measure_budget(self._device, setup)
         self._residency: Residency[Model] = Residency(budget, self._on_evicted)
@@ -172,10 +170,6 @@ class Host:
         self._looked_at = now
         self._residency.unload_idle()
         self._watch_growth()
-        if self._has_evicted:
-            self._has_evicted = False
-            self._churned_at = now
-            gc.collect()  # a model may be part of a cycle, and nobody would look for those before much more is made
         if now - self._churned_at < TRIM_FOR_S:
             devices.trim()
 
@@ -387,7 +381,7 @@ class Host:
     def _on_evicted(self, left: Eviction) -> None:
         self._adapters.forget(left.key)
         self._served.pop(left.key, None)
-        self._has_evicted = True
+        self._churned_at = monotonic()
         self._tell(left.key, "evicted", left.details())
 
     def _fatal(self, work: Any) -> Any:
