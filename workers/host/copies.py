@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock, Thread
-from time import sleep
+from threading import Lock, Thread, get_native_id
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
@@ -31,7 +31,11 @@ log = get_logger("host")
 FREE_BYTES: Final = 2**30
 """So much of the disk is left to others."""
 WRITE_AFTER_S: Final = 0.25
-"""What a load was waited for is answered first."""
+"""What a load was waited for is answered first, and further loads that come this soon after it."""
+BURST_S: Final = 2.0
+"""Loads that go on for longer than this have their copies written beside them."""
+NICE: Final = 15
+"""Of the thread that writes: on Linux a thread has a niceness of its own."""
 STALE_S: Final = 3600.0
 """A part of a copy that old was left behind by a host that died."""
 
@@ -60,6 +64,7 @@ class Copies:
         self._queueing = Lock()
         self._pending: dict[str, Callable[[], Draft | None]] = {}
         self._has_writer = False
+        self._asked_at = 0.0
 
     def find(self, name: str) -> "FlatWeights | None":
         """A kept copy, mapped, and used last from now on; None if there is none, or it is damaged."""
@@ -90,13 +95,17 @@ class Copies:
             if name in self._pending:
                 return
             self._pending[name] = make
+            self._asked_at = monotonic()
             if not self._has_writer:
                 self._has_writer = True
                 Thread(target=self._write_pending, name="copies", daemon=True).start()
 
     def _write_pending(self) -> None:
-        """Until nothing is left to be written."""
-        sleep(WRITE_AFTER_S)
+        """Until nothing is left to be written; whoever loads or computes goes first."""
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
+        until = monotonic() + BURST_S
+        while (wait_s := min(self._asked_at + WRITE_AFTER_S, until) - monotonic()) > 0:
+            sleep(wait_s)
         while (turn := self._next()) is not None:
             name, make = turn
             try:

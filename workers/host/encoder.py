@@ -1,7 +1,7 @@
 """A transformers encoder as families run it: a module as it is loaded, and the passes over it."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,16 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
     Not of its buffers, as ``Module.to`` would: rotary frequencies rounded to bfloat16 lose the places of long texts.
     """
+    for parameter, numbers in in_format(module, dtype):
+        parameter.data = numbers
+    return module
+
+
+def in_format(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Each parameter of a module that holds floats, and its numbers in another format."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    return module
+            yield parameter, parameter.data.to(dtype)
 
 
 def encoder(module: torch.nn.Module, chosen: Layout, device: str) -> Encoder:

@@ -4,6 +4,7 @@ What is tried is what the family makes of texts; the quickest layout and precisi
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from common.logs import get_logger
 from config_db.spec import ModelSpec
 from workers.host import devices, precision
-from workers.host.encoder import Layout, attention_window, cast, layouts, plain_layout
+from workers.host.encoder import Layout, attention_window, cast, in_format, layouts, plain_layout
 from workers.host.families.protocol import Device
 
 log = get_logger("host")
@@ -69,7 +70,12 @@ class Trial:
         wanted, texts = precision.candidates(self.spec.precision, self.device), precision.FEW_CHECK_TEXTS
         if len(wanted) == 1:
             return Judged(cast(module, precision.DTYPES[wanted[0]]), layout, wanted[0])
-        module, chosen = self._precise(module, layout, texts, self.run(module, layout, texts))
+        with ThreadPoolExecutor(1, "format") as aside:  # both wait for memory more than they compute
+            converted = aside.submit(list, in_format(module, precision.DTYPES[wanted[0]]))
+            plain = self.run(module, layout, texts)
+            for parameter, numbers in converted.result():
+                parameter.data = numbers
+        module, chosen = self._precise(module, layout, texts, plain)
         return Judged(module, layout, chosen)
 
     def _packed(self, module: torch.nn.Module, texts: Sequence[str], plain: torch.Tensor) -> Layout | None:
