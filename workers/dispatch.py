@@ -332,7 +332,9 @@ class Dispatcher:
         depth = {view.id: view.outstanding for view in views}
         alone, is_gathering = -(-len(views) // 2), False
         for level in range(HOST_DEPTH):
-            free = [view for view in views if depth[view.id] <= level]
+            free = [
+                view for view in views if depth[view.id] <= level and not (level and self._has_enough(view.id, now))
+            ]
             for place, view in enumerate(free):
                 pick = self._scheduler.pick(
                     now,
@@ -350,6 +352,9 @@ class Dispatcher:
         self._expire(now)
         if is_gathering and self._later is None and self._hub is not None:
             self._later = self._hub.call_later(self._scheduler.policy.gather_s, self._kick_later)
+
+    def _has_enough(self, host: int, now: float) -> bool:
+        return self._scheduler.is_enough(now, [one.pick for one in self._running.values() if one.host == host])
 
     def _kick_later(self) -> None:
         """What waited for company goes ahead, with or without it."""

@@ -26,7 +26,7 @@ class Policy:
             one of its key runs, once half of the hosts compute: a pass costs a few milliseconds however few tokens it
             has, and the other cores are wanted by the rest of the farm. 0: never.
         shared_s: while works of more than one tenant or lane arrive, a batch lasts no longer than this if it can be cut
-            so short: whoever asks for little waits for what runs, and for what is prepared behind it.
+            so short, and none is prepared behind one that lasts half as long: whoever asks for little waits for both.
         tenant_weights: shares of tenants that compete in a lane; 1 unless named.
     """
 

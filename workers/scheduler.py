@@ -12,18 +12,16 @@ from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Final
 
 from tasks.names import LANES, Lane
 from workers.pace import Pace
 from workers.policy import BatchLimits, Policy
+from workers.sharing import Sharing
 from workers.turns import SPARE, Tenants, Turns
 from workers.work import Pick, Work
 
 _arrived = attrgetter("arrived")
 _NO_LEADS: Mapping[str, float] = {}
-_MIXED_S: Final = 1.0
-"""Works of several tenants or lanes are taken to go on arriving for so long after the last that differed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,8 +72,7 @@ class Scheduler:
         self.policy = policy
         self.pace = Pace()
         self.is_gathering = False
-        self._last_kind: tuple[Lane, str] | None = None
-        self._mixed_at = float("-inf")
+        self._sharing = Sharing()
         self._works: dict[int, tuple[Work, _Line | None]] = {}
         self._groups: dict[str, _Group] = {}
         self._lanes: dict[Lane, dict[str, dict[str, _Line]]] = {lane: {} for lane in LANES}
@@ -159,9 +156,7 @@ class Scheduler:
         return line
 
     def _keep(self, work: Work, line: _Line | None) -> None:
-        kind = (work.lane, work.tenant)
-        if kind != self._last_kind:
-            self._last_kind, self._mixed_at = kind, work.arrived
+        self._sharing.note(work.lane, work.tenant, work.arrived)
         self._works[work.id] = (work, line)
         self._tenants.enter(work.tenant)
         heapq.heappush(self._deadlines, (work.deadline, work.id))
@@ -270,6 +265,13 @@ class Scheduler:
                 return self._take(works, resident)
             head = self._head(now, resident, loading, elsewhere, gather_at)
         return None
+
+    def is_enough(self, now: float, picks: Iterable[Pick]) -> bool:
+        """Whether these are enough for one host: others ask, too, and would wait for what is put behind them."""
+        if not self._sharing.is_mixed(now):
+            return False
+        lasts_s = sum(self.pace.seconds(pick.key, pick.tokens) or 0.0 for pick in picks)
+        return lasts_s > self.policy.shared_s / 2
 
     def next_absent(self, now: float, *, resident: Container[str]) -> str | None:
         """The spec that will be wanted next and is not resident; a hint to load it in the background."""
@@ -417,7 +419,7 @@ class Scheduler:
     def _most_tokens(self, head: _Line, now: float) -> int:
         """A batch's bound: shorter while there are others to whom it must not be long."""
         most = self._limits.max_tokens
-        short = self.pace.tokens(head.group.name, self.policy.shared_s) if now - self._mixed_at < _MIXED_S else None
+        short = self.pace.tokens(head.group.name, self.policy.shared_s) if self._sharing.is_mixed(now) else None
         return most if short is None else min(most, short)
 
     def _in_turn(self, head: _Line) -> Sequence[_Line]:

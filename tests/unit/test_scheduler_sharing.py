@@ -3,8 +3,10 @@
 import pytest
 
 from tasks.names import Lane
-from tests.unit.works import HERE, ids, scheduler, work
+from tests.unit.works import HERE, A, ids, scheduler, work
 from workers.scheduler import Scheduler
+from workers.sharing import KEEPS_S
+from workers.work import Pick
 
 S_PER_TOKEN = 0.001
 """40 tokens, which is four works, last 40 ms."""
@@ -36,7 +38,18 @@ def test_once_the_others_are_gone_batches_are_long_again() -> None:
     made.add(work("b", tenant="quiet", arrived=5.0))
     made.add(work(tenant="loud", arrived=5.0))
     assert len(ids(made.pick(5.1, resident=HERE))) <= 4
-    assert max(len(ids(made.pick(6.1, resident=HERE))) for _ in range(2)) > 4
+    assert max(len(ids(made.pick(5.1 + KEEPS_S, resident=HERE))) for _ in range(2)) > 4
+
+
+def test_nothing_is_put_behind_what_lasts_while_others_ask() -> None:
+    made = flooded()
+    long, short = made.pick(0.1, resident=HERE), Pick((), "a", A, loads=False, tokens=10, items=1)
+    assert long is not None
+    assert not made.is_enough(0.1, [long])
+    made.add(work("b", tenant="quiet", arrived=5.0))
+    assert made.is_enough(5.1, [long])
+    assert not made.is_enough(5.1, [short])
+    assert not made.is_enough(5.1 + KEEPS_S, [long])
 
 
 def test_a_work_that_is_longer_runs_by_itself() -> None:
