@@ -17,7 +17,7 @@ from typing import Any, Final
 from celery.worker import state as celery_state
 
 from common.clock import FarmClock
-from common.errors import HostLostError, MessageError, ModelNotFoundError
+from common.errors import MessageError, ModelNotFoundError
 from common.faults import fault
 from common.logs import get_logger
 from config_db.spec import ModelSpec
@@ -30,33 +30,20 @@ from workers.hosts.protocol import BatchTiming, HostBatch, PartResult
 from workers.intake import Held, Intake
 from workers.joining import Joiner, Slice
 from workers.lateness import late_error
+from workers.policy import DispatchLimits
 from workers.redis_link import RedisLink
 from workers.revisions import Revisions
 from workers.scheduler import Scheduler
 from workers.settling import Settler
 from workers.slices import cut_body
+from workers.suspects import Suspects
 from workers.throughput import Part, Throughput
 from workers.work import Pick, Work
 
 log = get_logger("workers")
 
-CRASHES_ALONE_UNTIL_FAILED: Final = 2
 HOST_DEPTH: Final = 2
 """Micro-batches a host holds: one computing, one being tokenised."""
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchLimits:
-    """Bounds of a micro-batch and of a hanging host."""
-
-    max_items: int
-    max_tokens: int
-    hang_floor_s: float
-    hang_unmeasured_s: float
-
-    def hang_s(self, expected_s: float | None) -> float:
-        """When a micro-batch hangs: at the floor or ten times what it should last, the later; None: never measured."""
-        return self.hang_unmeasured_s if expected_s is None else max(self.hang_floor_s, 10 * expected_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +93,7 @@ class Dispatcher:
         self._clock = clock
         self._limits = limits
         self._settler = settler
+        self._suspects = Suspects(scheduler, settler)
         self._incarnation = incarnation
         self._on_residency = on_residency
         self._runs_here = runs_here
@@ -290,7 +278,7 @@ class Dispatcher:
             self._scheduler.finished(running.pick)
             works = [work for work in running.pick.works if work.id in self._slices]
             if batch in suspects:
-                self._halve(works, reason)
+                self._suspects.run_again(works, self._slices, reason)
             elif works:
                 self._scheduler.add_together(works)
         self._kick_soon()
@@ -450,22 +438,6 @@ class Dispatcher:
             if running.pick.spec not in resident.get(running.host, (running.pick.spec,)):
                 for held in {part.held for part in running.slices if part.held.deadline <= now}:
                     self._settler.fail(held, late_error(held, is_loaded=False))
-
-    def _halve(self, works: list[Work], reason: str) -> None:
-        """Run a suspect batch again in halves; one that kills a host alone, twice, is the culprit."""
-        if len(works) > 1:
-            middle = (len(works) + 1) // 2
-            self._scheduler.add_together(works[:middle])
-            self._scheduler.add_together(works[middle:])
-            return
-        for work in works:
-            held = self._slices[work.id].held
-            held.crashes += 1
-            if held.crashes < CRASHES_ALONE_UNTIL_FAILED:
-                self._scheduler.add_together([work])
-            else:
-                error = HostLostError(f"the model process died while running this request alone ({reason})")
-                self._settler.fail(held, error)
 
 
 def _part(work: Work, part: Slice) -> Part:

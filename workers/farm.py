@@ -27,14 +27,14 @@ from workers import checks
 from workers.arrivals import Arrivals
 from workers.aside import Aside
 from workers.demand import DemandMet
-from workers.dispatch import Dispatcher, DispatchLimits
+from workers.dispatch import Dispatcher
 from workers.heartbeat import Heartbeat
 from workers.hosts.config import host_config
 from workers.hosts.pool import HostPool
 from workers.intake import Intake, IntakeLimits
 from workers.janitor import Janitor, give_back, return_unheld
 from workers.outcomes import OutcomeWriter
-from workers.policy import BatchLimits, Policy
+from workers.policy import BatchLimits, DispatchLimits, Policy
 from workers.redis_link import RedisLink
 from workers.reservation import Reservation
 from workers.scheduler import Scheduler

@@ -1,4 +1,4 @@
-"""By what the scheduler weighs what waits: the bounds of a micro-batch and an operator's preferences."""
+"""What an operator may bound or weigh otherwise: micro-batches, hosts that hang, and whose turn it is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +10,20 @@ class BatchLimits:
 
     max_items: int
     max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchLimits:
+    """Bounds of a micro-batch and of a hanging host."""
+
+    max_items: int
+    max_tokens: int
+    hang_floor_s: float
+    hang_unmeasured_s: float
+
+    def hang_s(self, expected_s: float | None) -> float:
+        """When a micro-batch hangs: at the floor or ten times what it should last, the later; None: never measured."""
+        return self.hang_unmeasured_s if expected_s is None else max(self.hang_floor_s, 10 * expected_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,58 +10,16 @@ with other lanes. ``dispatch`` asks; one thread owns it; instants are monotonic 
 import heapq
 from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import attrgetter
 
 from tasks.names import LANES, Lane
+from workers.lines import Group, Line, ModelLoad, next_line
 from workers.pace import Pace
 from workers.policy import BatchLimits, Policy
 from workers.sharing import Sharing
 from workers.turns import SPARE, Tenants, Turns
 from workers.work import Pick, Work
 
-_arrived = attrgetter("arrived")
 _NO_LEADS: Mapping[str, float] = {}
-
-
-@dataclass(slots=True, eq=False)
-class _Model:
-    """What is known of a spec. ``running`` and ``loading`` count picks not finished, the latter those that load it."""
-
-    load_s: float
-    limit: int | None = None
-    running: int = 0
-    loading: int = 0
-
-    @property
-    def has_slot(self) -> bool:
-        return self.limit is None or self.running < self.limit
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """What waits under one key, lane and tenant, in order of arrival.
-
-    The first of ``queue`` always waits and ``arrived`` is its; further ones may have been removed meanwhile.
-    """
-
-    group: "_Group"
-    spec: str
-    model: _Model
-    lane: Lane
-    tenant: str
-    queue: deque[Work]
-    arrived: float
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """The lines that share a micro-batch. ``waiting`` counts their works, ``tokens`` those of the works."""
-
-    name: str
-    lines: dict[tuple[Lane, str], _Line] = field(default_factory=dict)
-    waiting: int = 0
-    tokens: int = 0
 
 
 class Scheduler:
@@ -73,14 +31,14 @@ class Scheduler:
         self.pace = Pace()
         self.is_gathering = False
         self._sharing = Sharing()
-        self._works: dict[int, tuple[Work, _Line | None]] = {}
-        self._groups: dict[str, _Group] = {}
-        self._lanes: dict[Lane, dict[str, dict[str, _Line]]] = {lane: {} for lane in LANES}
+        self._works: dict[int, tuple[Work, Line | None]] = {}
+        self._groups: dict[str, Group] = {}
+        self._lanes: dict[Lane, dict[str, dict[str, Line]]] = {lane: {} for lane in LANES}
         self._together: deque[tuple[Work, ...]] = deque()
         self._deadlines: list[tuple[float, int]] = []
         self._expired: list[Work] = []
         self._tenants = Tenants(policy.tenant_weights)
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, ModelLoad] = {}
         self._loads_running = 0
         self._running: Counter[str] = Counter()
         self._no_load_before = float("-inf")
@@ -116,7 +74,7 @@ class Scheduler:
         name = f"{work.key}#{work.id}" if work.alone else work.key
         group = self._groups.get(name)
         if group is None:
-            group = self._groups[name] = _Group(name)
+            group = self._groups[name] = Group(name)
         line = group.lines.get((work.lane, work.tenant)) or self._open(group, work)
         line.queue.append(work)
         group.waiting += 1
@@ -149,13 +107,13 @@ class Scheduler:
         expired, self._expired = self._expired, []
         return expired
 
-    def _open(self, group: _Group, work: Work) -> _Line:
-        line = _Line(group, work.spec, self._model(work.spec), work.lane, work.tenant, deque(), work.arrived)
+    def _open(self, group: Group, work: Work) -> Line:
+        line = Line(group, work.spec, self._model(work.spec), work.lane, work.tenant, deque(), work.arrived)
         group.lines[work.lane, work.tenant] = line
         self._lanes[work.lane].setdefault(work.tenant, {})[group.name] = line
         return line
 
-    def _keep(self, work: Work, line: _Line | None) -> None:
+    def _keep(self, work: Work, line: Line | None) -> None:
         self._sharing.note(work.lane, work.tenant, work.arrived)
         self._works[work.id] = (work, line)
         self._tenants.enter(work.tenant)
@@ -164,7 +122,7 @@ class Scheduler:
             self._deadlines = [(waiting.deadline, work_id) for work_id, (waiting, _) in self._works.items()]
             heapq.heapify(self._deadlines)
 
-    def _advance(self, line: _Line) -> None:
+    def _advance(self, line: Line) -> None:
         """The first of the line has left: bring the next one that waits to its place, or close the line."""
         queue = line.queue
         queue.popleft()
@@ -175,7 +133,7 @@ class Scheduler:
         else:
             self._close(line)
 
-    def _close(self, line: _Line) -> None:
+    def _close(self, line: Line) -> None:
         group, tenants = line.group, self._lanes[line.lane]
         del group.lines[line.lane, line.tenant]
         if not group.lines:
@@ -218,10 +176,10 @@ class Scheduler:
         if not self._running[pick.key]:
             del self._running[pick.key]
 
-    def _model(self, spec: str) -> _Model:
+    def _model(self, spec: str) -> ModelLoad:
         model = self._models.get(spec)
         if model is None:
-            model = self._models[spec] = _Model(self.policy.unmeasured_load_s)
+            model = self._models[spec] = ModelLoad(self.policy.unmeasured_load_s)
         return model
 
     # -- picking ------------------------------------------------------------------------------------------------
@@ -299,7 +257,7 @@ class Scheduler:
         loading: Container[str],
         elsewhere: Container[str],
         gather_at: float | None,
-    ) -> _Line | None:
+    ) -> Line | None:
         """The line to serve next: of the first lane that has one ready, else an absent model's.
 
         Overdue work is served before resident work only in its turn: a flood for absent models cannot starve the rest.
@@ -322,9 +280,9 @@ class Scheduler:
 
     # Comprehensions over lines, not a candidate object each: of 1000 keys the next is found in 0.1 ms instead of 0.7.
 
-    def _resident(self, lane: Lane, resident: Container[str], gather_at: float | None) -> _Line | None:
+    def _resident(self, lane: Lane, resident: Container[str], gather_at: float | None) -> Line | None:
         """The next line of a lane whose model is resident; with an instant, of those that gather no company then."""
-        return _next(
+        return next_line(
             [
                 line
                 for line in lines
@@ -335,14 +293,14 @@ class Scheduler:
             for lines in self._tenants_of(lane)
         )
 
-    def _gathers(self, line: _Line, now: float) -> bool:
+    def _gathers(self, line: Line, now: float) -> bool:
         """Whether this line's batch is better served later, by more."""
         group = line.group
         gathers = group.name in self._running and now - line.arrived < self.policy.gather_s and self._is_small(group, 1)
         self.is_gathering |= gathers
         return gathers
 
-    def _is_small(self, group: _Group, hosts: int) -> bool:
+    def _is_small(self, group: Group, hosts: int) -> bool:
         """Whether a host's share of the group lasts so short that it had better be larger."""
         lasts_s = self.pace.seconds(group.name, group.tokens // hosts)
         return lasts_s is not None and lasts_s < self.policy.gather_s
@@ -354,10 +312,10 @@ class Scheduler:
         resident: Container[str],
         loading: Container[str] = (),
         load_s: float = float("inf"),
-    ) -> _Line | None:
+    ) -> Line | None:
         """The next line of a lane that waited beyond patience for an absent model which loads within ``load_s``."""
         patience = self.policy.patience
-        return _next(
+        return next_line(
             [
                 line
                 for line in lines
@@ -370,23 +328,23 @@ class Scheduler:
             for lines in self._tenants_of(lane)
         )
 
-    def _absent(self, lane: Lane, resident: Container[str], elsewhere: Container[str]) -> _Line | None:
+    def _absent(self, lane: Lane, resident: Container[str], elsewhere: Container[str]) -> Line | None:
         """The next line of a lane whose model is resident nowhere."""
-        return _next(
+        return next_line(
             [line for line in lines if line.spec not in resident and line.spec not in elsewhere and line.model.has_slot]
             for lines in self._tenants_of(lane)
         )
 
-    def _tenants_of(self, lane: Lane) -> Iterator[Iterable[_Line]]:
+    def _tenants_of(self, lane: Lane) -> Iterator[Iterable[Line]]:
         """The lines of a lane, tenant by tenant, the least served first."""
         tenants = self._lanes[lane]
         for tenant in self._tenants.in_turn(tenants):
             yield tenants[tenant].values()
 
-    def _turn(self, line: _Line) -> tuple[float, float]:
+    def _turn(self, line: Line) -> tuple[float, float]:
         return self._tenants.served(line.tenant), line.arrived
 
-    def _fill(self, head: _Line, hosts: int, now: float, *, done_at: float) -> list[Work]:
+    def _fill(self, head: Line, hosts: int, now: float, *, done_at: float) -> list[Work]:
         """The head and all that shares its key, up to the limits and to this host's share; none if all are late.
 
         What would be late when this is done is set aside, for ``take_expired``.
@@ -416,19 +374,19 @@ class Scheduler:
         self._expired += late
         return works
 
-    def _most_tokens(self, head: _Line, now: float) -> int:
+    def _most_tokens(self, head: Line, now: float) -> int:
         """A batch's bound: shorter while there are others to whom it must not be long."""
         most = self._limits.max_tokens
         short = self.pace.tokens(head.group.name, self.policy.shared_s) if self._sharing.is_mixed(now) else None
         return most if short is None else min(most, short)
 
-    def _in_turn(self, head: _Line) -> Sequence[_Line]:
+    def _in_turn(self, head: Line) -> Sequence[Line]:
         """The lines of the head's group: its own, its lane's, the other lanes'; the least served tenant first.
 
         Experiments stay among themselves.
         """
 
-        def turn(line: _Line) -> tuple[bool, bool, int, float]:
+        def turn(line: Line) -> tuple[bool, bool, int, float]:
             other_lane = line.lane is not head.lane
             return line is not head, other_lane, LANES.index(line.lane), self._tenants.served(line.tenant)
 
@@ -451,8 +409,3 @@ class Scheduler:
         self._loads_running += loads
         self._running[key] += 1
         return Pick(tuple(works), key, spec, loads, tokens, items)
-
-
-def _next(candidates: Iterable[list[_Line]]) -> _Line | None:
-    """Of the first tenant that has any lines, the one that waited longest."""
-    return next((min(lines, key=_arrived) for lines in candidates if lines), None)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.dispatch import DispatchLimits
+from workers.policy import DispatchLimits
 
 LIMITS = DispatchLimits(max_items=8, max_tokens=512, hang_floor_s=5.0, hang_unmeasured_s=60.0)
 
