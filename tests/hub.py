@@ -59,7 +59,7 @@ class HubStandIn:
     spoilt: dict[str, int] = field(default_factory=dict)
     """How many of the next answers for a file hold other bytes than they should."""
     stalls: dict[str, int] = field(default_factory=dict)
-    """After how many bytes every answer for a file stops until ``released``."""
+    """The byte of a file that no answer comes to until ``released``."""
     knows_ranges: bool = True
     fetched: list[tuple[str, int, int]] = field(default_factory=list)
     """What was asked for of the weights: file, first byte, and the one after the last."""
@@ -162,10 +162,11 @@ class _Answer(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(raw)}")
         self.end_headers()
         stall = self.hub.stalls.get(file)
-        ends = stall if stall is not None else len(part) if cut is None else cut
+        is_stalled = stall is not None and stall < stop
+        ends = max(0, stall - start) if is_stalled else len(part) if cut is None else cut
         self.wfile.write(part[:ends])
         self.hub.sent[file] = self.hub.sent.get(file, 0) + len(part[:ends])
-        if stall is not None:
+        if is_stalled:
             self.wfile.flush()
             self.hub.released.wait(60)
         if cut is not None:

@@ -253,7 +253,7 @@ def test_a_fetch_that_is_killed_is_gone_on_with_by_another_process(hub: HubStand
         """Whether a part of the weights is whole: the fourth file, as they are listed."""
         return any("3 0 100000\n" in note.read_text() for note in store_of(tmp_path).glob("partial/*/journal"))
 
-    hub.stalls["model.safetensors"] = 100_000  # of each connection: a whole part comes, what follows does not
+    hub.stalls["model.safetensors"] = 150_000  # a whole part comes, and half of the next
     first = begin(PINNED, setup_in(tmp_path, connections=1), hub)
     wait_until(has_noted, 20, "a part to be whole")
     second = begin(PINNED, setup_in(tmp_path, connections=1), hub)
