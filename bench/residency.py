@@ -19,6 +19,7 @@ import psutil
 from bench import texts
 from bench.farm import DEMO, Farm, running, start, stop
 from bench.figures import Effort, Measured, in_turns, model_bytes, perturbed
+from tests.services import wait_until
 from workers.host.families.protocol import Device
 from workers.host.precision import quick
 
@@ -63,6 +64,7 @@ def disk_reload_ms(effort: Effort) -> Measured:
                 try:
                     farm.settle()
                     resident, seen = _never_seen(farm, [path.name for path in folders])
+                    wait_until(lambda: _copies(directory) == len(folders), 120, "a copy of every model")
                 finally:
                     stop(farm)
                 if again:
@@ -212,6 +214,11 @@ def _never_seen(farm: Farm, names: Sequence[str]) -> tuple[float, list[float]]:
         _ask_ms(farm, first)
     resident = median(_ask_ms(farm, first) for _ in range(RELOADS))
     return resident, [_ask_ms(farm, model) - resident for model in others]
+
+
+def _copies(directory: Path) -> int:
+    """Kept copies of weights, which are written when the loads are over."""
+    return len(list(directory.rglob("copies/*.safetensors")))
 
 
 def _beside_loads(farm: Farm, warm: str, others: Sequence[str], effort: Effort) -> float:
