@@ -100,7 +100,11 @@ def _cosine(left: Any, right: Any) -> float:
 def test_memory_falls_at_eviction_and_every_model_still_answers_as_before(
     start_pool: Callable[..., LivePool], folders: list[Path], expected: list[Any], tmp_path: Path
 ) -> None:
-    """Three times round twelve models in room for four, from files, from copies, from memory."""
+    """Nine times round twelve models in room for four, from files, from copies, from memory.
+
+    A host's memory moves by up to forty MiB as its allocator pleases; of the hundred models that come and go here, one
+    kept in six would be seen.
+    """
     live = start_pool(
         model_dirs=(str(folders[0].parent),),
         preimport=("workers.host.families.dense",),
@@ -114,12 +118,13 @@ def test_memory_falls_at_eviction_and_every_model_still_answers_as_before(
     assert all(_cosine(mine, theirs) > 0.9999 - 0.0005 for mine, theirs in zip(first, expected, strict=True))
     assert len({tuple(one.round(3)) for one in first}) == len(specs)
     peak = _rss(live, host)
-    for _ in range(2):
+    for _ in range(8):
         for spec, before in zip(specs, first, strict=True):
             assert np.array_equal(_run(live, host, spec), before), f"{spec.id} answers differently after its return"
             assert len(live.pool.hosts()[0].resident) <= 8
-    assert _rss(live, host) < peak + 20 * MIB
-    held = sum(live.pool.hosts()[0].resident.values())
+    resident = live.pool.hosts()[0].resident
+    held = sum(resident.values())
+    assert _rss(live, host) < peak + len(specs) * held / len(resident)
     before = _rss(live, host)
     for spec in specs:
         live.pool.evict(spec.digest, "removed")
