@@ -16,6 +16,7 @@ from common.errors import FarmError, MessageError
 from tasks import messages
 from tasks.messages import Ticket
 from tasks.names import TASK_NAMES, Operation
+from workers.events import argument_text
 
 _OPERATIONS = {name: operation for operation, name in TASK_NAMES.items()}
 _NO_BODY: tuple[tuple[()], dict[str, Any], dict[str, Any]] = ((), {}, {})
@@ -120,8 +121,8 @@ def intake_strategy(task: Any, app: Celery, consumer: Any) -> Callable[..., None
             request.send_event(
                 "task-received",
                 name=request.name,
-                args=request.argsrepr,
-                kwargs=request.kwargsrepr,
+                args=request.argsrepr if ticket is None else argument_text(ticket),
+                kwargs=request.kwargsrepr if ticket is None else None,
                 root_id=request.root_id,
                 parent_id=request.parent_id,
                 retries=request.request_dict.get("retries", 0),

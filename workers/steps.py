@@ -1,6 +1,6 @@
 """The two places where the farm hooks into Celery's start and stop. Glue: the work is ``workers.farm``'s."""
 
-from typing import Any, Final
+from typing import Any
 
 from celery import bootsteps
 from celery.exceptions import WorkerShutdown
@@ -8,12 +8,10 @@ from celery.worker import state as celery_state
 
 from common.errors import SetupError
 from common.logs import get_logger
+from workers.events import EventFlush
 from workers.farm import Farm
 
 log = get_logger("workers")
-
-EVENTS_PER_PUBLISH: Final = 256
-"""Events are sent at the end of every turn of the loop anyway; Celery's own 24 cut a turn's into many publishes."""
 
 
 class FarmStep(bootsteps.StartStopStep):
@@ -48,8 +46,8 @@ class IntakeStep(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         """A new connection: drain its channel."""
         consumer.controller.farm.attach(consumer)
-        if consumer.event_dispatcher is not None:
-            consumer.event_dispatcher.buffer_limit = EVENTS_PER_PUBLISH
+        self._events = EventFlush(consumer)
+        self._events.start()
 
     def register_with_event_loop(self, consumer: Any, hub: Any) -> None:
         """The hub has forgotten readers and timers."""
@@ -61,10 +59,12 @@ class IntakeStep(bootsteps.StartStopStep):
             farm = consumer.controller.farm
             wait_s = 0.0 if celery_state.should_terminate else farm.settings.drain_s
             farm.leave(_channel(consumer), wait_s=wait_s)
+        self._events.flush()
 
     def terminate(self, consumer: Any) -> None:
         """A cold shutdown waits for nothing."""
         consumer.controller.farm.leave(_channel(consumer), wait_s=0.0)
+        self._events.flush()
 
     def info(self, consumer: Any) -> dict[str, Any]:  # type: ignore[override]  # the stubs say None
         """What ``inspect stats`` shows of the farm."""
