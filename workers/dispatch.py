@@ -24,11 +24,13 @@ from config_db.spec import ModelSpec
 from tasks import names
 from tasks.batching import shared_key
 from workers.adapters import AdapterFetches
+from workers.ahead import Ahead
 from workers.arrivals import Specs
 from workers.hosts.pool import HostPool
 from workers.hosts.protocol import BatchTiming, HostBatch, PartResult
 from workers.intake import Held, Intake
 from workers.joining import Joiner, Slice
+from workers.kicks import Kicks
 from workers.lateness import late_error
 from workers.policy import DispatchLimits
 from workers.redis_link import RedisLink
@@ -105,9 +107,8 @@ class Dispatcher:
         self._running: dict[int, _Running] = {}
         self._next_work = 1
         self._next_batch = 1
-        self._hub: Any = None
-        self._kick_due = False
-        self._later: Any = None
+        self._kicks = Kicks(self._kick)
+        self._ahead = Ahead(scheduler)
         self._draining = False
 
     @property
@@ -123,10 +124,9 @@ class Dispatcher:
 
     def register(self, hub: Any) -> None:
         """Use this hub from now on."""
-        self._hub = hub
-        self._kick_due, self._later = False, None
+        self._kicks.use(hub)
         self._weigh_tenants()
-        self._kick_soon()
+        self._kicks.soon()
 
     @property
     def running(self) -> int:
@@ -158,6 +158,7 @@ class Dispatcher:
             self._scheduler.finished(running.pick)
         self._running.clear()
         self.throughput.forget_running()
+        self._ahead.forget()
         self._fetches.forget_waiting()
 
     def preloads(self) -> list[ModelSpec]:
@@ -192,7 +193,7 @@ class Dispatcher:
         self._fetches.tick(now)
         self._change_revisions(now)
         self._announce_absent(now)
-        self._kick_soon()
+        self._kicks.soon()
 
     def schedule(self, held: Held, spec: ModelSpec) -> None:
         """Let a request wait for its adapter to be on this machine, if it names one, and then for its turn."""
@@ -231,7 +232,7 @@ class Dispatcher:
             first += part.items
             held.works.append(work.id)
             self._scheduler.add(work)
-        self._kick_soon()
+        self._kicks.soon()
 
     # -- what the hosts tell ------------------------------------------------------------------------------------
 
@@ -239,7 +240,7 @@ class Dispatcher:
         """A host can be given work."""
         log.info("host_ready", host=host)
         self._on_residency()
-        self._kick_soon()
+        self._kicks.soon()
 
     def on_batch_done(
         self,
@@ -250,6 +251,7 @@ class Dispatcher:
     ) -> None:
         """Start the next micro-batch first, then answer the finished one."""
         running = self._running.pop(batch, None)
+        self._ahead.done(host, batch, monotonic())
         if running is not None:
             self._scheduler.finished(running.pick)
         self._kick()
@@ -270,6 +272,7 @@ class Dispatcher:
         log.warning("host_lost", host=host, reason=reason, suspects=len(suspects), innocent=len(innocent))
         self._fetches.on_host_lost(host)
         self.throughput.lost(host, [*innocent, *suspects])
+        self._ahead.lost(host)
         self._on_residency()
         for batch in [*innocent, *suspects]:
             running = self._running.pop(batch, None)
@@ -281,7 +284,7 @@ class Dispatcher:
                 self._suspects.run_again(works, self._slices, reason)
             elif works:
                 self._scheduler.add_together(works)
-        self._kick_soon()
+        self._kicks.soon()
 
     def on_model(self, host: int, spec_digest: str, event: str, detail: dict[str, Any]) -> None:
         """Residency changed on a host."""
@@ -296,7 +299,7 @@ class Dispatcher:
         elif event == "skipped":
             self._revisions.on_no_room(spec_digest)
         self._on_residency()
-        self._kick_soon()
+        self._kicks.soon()
 
     def on_fetched(self, adapter: str, error: dict[str, Any] | None) -> None:
         """An adapter's files are on this machine, or will not be."""
@@ -304,25 +307,20 @@ class Dispatcher:
 
     # -- scheduling ---------------------------------------------------------------------------------------------
 
-    def _kick_soon(self) -> None:
-        """Schedule after the whole burst has been delivered, so that a burst becomes one batch without any wait."""
-        if not self._kick_due and self._hub is not None:
-            self._kick_due = True
-            self._hub.call_soon(self._kick)
-
     def _kick(self) -> None:
         """Give every free host its next micro-batch."""
-        self._kick_due = False
         if self._draining or not len(self._scheduler):
             return
         now = monotonic()
         views = self.hosts.hosts()
         depth = {view.id: view.outstanding for view in views}
-        alone, is_gathering = -(-len(views) // 2), False
+        alone, is_gathering, soon = -(-len(views) // 2), False, list[float]()
         for level in range(HOST_DEPTH):
-            free = [
-                view for view in views if depth[view.id] <= level and not (level and self._has_enough(view.id, now))
-            ]
+            free = [view for view in views if depth[view.id] <= level]
+            if level:
+                waits = {view.id: self._ahead.wait_s(view.id, now) for view in free}
+                free = [view for view in free if waits[view.id] == 0]
+                soon += [wait for wait in waits.values() if wait]
             for place, view in enumerate(free):
                 pick = self._scheduler.pick(
                     now,
@@ -338,16 +336,10 @@ class Dispatcher:
                     depth[view.id] += 1
                     self._send(view.id, pick, now)
         self._expire(now)
-        if is_gathering and self._later is None and self._hub is not None:
-            self._later = self._hub.call_later(self._scheduler.policy.gather_s, self._kick_later)
-
-    def _has_enough(self, host: int, now: float) -> bool:
-        return self._scheduler.is_enough(now, [one.pick for one in self._running.values() if one.host == host])
-
-    def _kick_later(self) -> None:
-        """What waited for company goes ahead, with or without it."""
-        self._later = None
-        self._kick_soon()
+        if is_gathering:
+            soon.append(self._scheduler.policy.gather_s)
+        if soon and len(self._scheduler):
+            self._kicks.at(now + min(soon))
 
     def _send(self, host: int, pick: Pick, now: float) -> None:
         slices = tuple(self._slices[work.id] for work in pick.works)
@@ -359,6 +351,7 @@ class Dispatcher:
             return
         batch, self._next_batch = self._next_batch, self._next_batch + 1
         self._running[batch] = _Running(host, pick, slices)
+        self._ahead.sent(host, batch, pick, now)
         self.throughput.sent(batch, pick.spec, now, counts=not pick.loads and self._is_busy(pick))
         self._mark_started([part.held for part in slices], now)
         fault("worker.started")

@@ -7,8 +7,9 @@ from workers.host.attention import layout, packed_attention
 from workers.host.packing import Group
 
 HEADS, WIDTH = 4, 16
-GROUPS = (Group(0, 3, 1), Group(3, 2, 7), Group(17, 9, 20), Group(197, 1, 64), Group(261, 2, 100))
-TOKENS = GROUPS[-1].end
+MIXED = (Group(0, 3, 1), Group(3, 2, 7), Group(17, 9, 20), Group(197, 1, 64), Group(261, 2, 100))
+FEW = (Group(0, 1, 5),)
+LONG = (Group(0, 1, 5), Group(5, 30, 30), Group(905, 1, 31), Group(936, 1, 600))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -28,18 +29,19 @@ def alone(
 @pytest.mark.parametrize("kind", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 5), (True, 5)])
 @pytest.mark.parametrize("key_heads", [HEADS, 2])
+@pytest.mark.parametrize("groups", [MIXED, FEW, LONG], ids=["mixed", "few", "long"])
 def test_a_text_sees_itself_and_nothing_of_its_neighbours(
-    kind: torch.dtype, causal: bool, window: int | None, key_heads: int
+    kind: torch.dtype, causal: bool, window: int | None, key_heads: int, groups: tuple[Group, ...]
 ) -> None:
-    dice = torch.Generator().manual_seed(7)
-    query = torch.randn(1, HEADS, TOKENS, WIDTH, generator=dice).to(kind)
-    key, value = (torch.randn(1, key_heads, TOKENS, WIDTH, generator=dice).to(kind) for _ in range(2))
-    with layout(GROUPS):
+    dice, tokens = torch.Generator().manual_seed(7), groups[-1].end
+    query = torch.randn(1, HEADS, tokens, WIDTH, generator=dice).to(kind)
+    key, value = (torch.randn(1, key_heads, tokens, WIDTH, generator=dice).to(kind) for _ in range(2))
+    with layout(groups):
         mixed, _ = packed_attention(
             torch.nn.Identity(), query, key, value, None, is_causal=causal, sliding_window=window
         )
     whole_key, whole_value = (part.repeat_interleave(HEADS // key_heads, dim=1)[0] for part in (key, value))
-    for group in GROUPS:
+    for group in groups:
         for start in range(group.start, group.end, group.length):
             text = slice(start, start + group.length)
             expected = alone(query[0, :, text], whole_key[:, text], whole_value[:, text], causal=causal, window=window)

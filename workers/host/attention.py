@@ -19,15 +19,69 @@ NAME: Final = "farm_packed"
 PRODUCT_LENGTH: Final = 512
 """Up to this length the scores of a text are laid out whole; they grow with its square."""
 PRODUCT_TOKENS: Final = 64
-"""From so many tokens in a group the products pay for their calls."""
+"""From so many tokens in a block the products pay for their calls."""
+BLOCK_TOKENS: Final = 384
+"""A block of so many tokens takes no further length: what is filled up costs as much by then as calls of its own."""
 LANES: Final = 32
 """bfloat16 numbers in a vector register: torch's softmax falls to a scalar loop on what is left of a row."""
 _UNKNOWN: Final = ("position_bias", "softcap", "s_aux", "head_mask")
 """What else would change the scores, as transformers' models hand it over."""
 
 
+class _Block:
+    """Texts of a pass that fill as many whole vector registers, for products over all of them at once.
+
+    Each text has as many places in the block as its longest has tokens, and what fills them up to ``width`` as keys;
+    places without a token are unseen.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.tokens = slice(groups[0].start, groups[-1].end)
+        self._longest, self._width = groups[-1].length, _filled(groups[-1].length)
+        lengths = torch.tensor([group.length for group in groups for _ in range(group.count)])
+        is_token = torch.arange(self._width) < lengths[:, None]
+        self._unseen = ~is_token
+        key_of = torch.full(is_token.shape, self.tokens.start)
+        key_of[is_token] = torch.arange(self.tokens.start, self.tokens.stop)
+        self._key_of = key_of.flatten()
+        self._query_of = key_of[:, : self._longest].flatten()
+        self._place_of = is_token[:, : self._longest].flatten().nonzero()[:, 0]
+        self._biases: dict[tuple[int, torch.dtype, int | None, bool], torch.Tensor] = {}
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+        *,
+        causal: bool,
+    ) -> torch.Tensor:
+        """From ``[heads, tokens of the pass, width]`` each, ``[tokens of the block, heads, width]``."""
+        heads, _, width = query.shape
+        queries = query.index_select(1, self._query_of).view(-1, self._longest, width)
+        keys, values = (part.index_select(1, self._key_of).view(-1, self._width, width) for part in (key, value))
+        bias = self._bias(heads, query.dtype, window, causal=causal)
+        scores = torch.baddbmm(bias.expand(-1, self._longest, -1), queries, keys.transpose(1, 2), alpha=scale)
+        mixed = torch.bmm(scores.softmax(-1), values)
+        return mixed.view(heads, -1, width).index_select(1, self._place_of).transpose(0, 1)
+
+    def _bias(self, heads: int, dtype: torch.dtype, window: int | None, *, causal: bool) -> torch.Tensor:
+        """What is added to the scores, ``[heads * texts, queries or 1, keys]``: one for all layers that ask so."""
+        asked = (heads, dtype, window, causal)
+        if asked not in self._biases:
+            unseen, hidden = self._unseen[:, None], _hidden(self._width, window, causal=causal)
+            if hidden is not None:
+                unseen = unseen | hidden[: self._longest]
+            bias = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
+            self._biases[asked] = bias.repeat(heads, 1, 1)
+        return self._biases[asked]
+
+
 class _Layout(local):
     groups: Sequence[Group] = ()
+    parted: tuple[Sequence[Group], Sequence[_Block]] | None = None
 
 
 _layout = _Layout()
@@ -40,7 +94,7 @@ def layout(groups: Sequence[Group]) -> Iterator[None]:
     try:
         yield
     finally:
-        _layout.groups = ()
+        _layout.groups, _layout.parted = (), None
 
 
 def packed_attention(
@@ -65,67 +119,64 @@ def packed_attention(
     asked_causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", False) if asked_causal is None else asked_causal)
     mixed = torch.empty(tokens, heads, width, dtype=query.dtype, device=query.device)
-    for group in _layout.groups:
-        block = slice(group.start, group.end)
+    alone, blocks = _parted(query)
+    for block in blocks:
+        mixed[block.tokens] = block.attend(query[0], key[0], value[0], scale, window, causal=causal)
+    for group in alone:
+        texts = slice(group.start, group.end)
         shape = (heads, group.count, group.length, width)
-        texts = [part[0, :, block].reshape(shape).transpose(0, 1) for part in (query, key, value)]
-        hidden = _hidden(group.length, window, query.device, causal=causal)
-        attend = _by_products if _has_slow_kernel(query, group) else _by_kernel
-        mixed[block] = attend(texts[0], texts[1], texts[2], scale, hidden).transpose(1, 2).reshape(-1, heads, width)
+        q, k, v = (part[0, :, texts].reshape(shape).transpose(0, 1) for part in (query, key, value))
+        hidden = _hidden(group.length, window, causal=causal)
+        mask = None if hidden is None else ~hidden.to(query.device)
+        found = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        mixed[texts] = found.transpose(1, 2).reshape(-1, heads, width)
     return mixed.unsqueeze(0), None
 
 
-def _has_slow_kernel(query: torch.Tensor, group: Group) -> bool:
-    """Whether plain products are quicker than torch's fused kernel: in bfloat16 on CPU, by 1.1 to 2.3 as measured."""
+def _parted(query: torch.Tensor) -> tuple[Sequence[Group], Sequence[_Block]]:
+    """Which groups of the pass torch's fused kernel runs, each alone, and which stand together in blocks.
+
+    In bfloat16 on a CPU that kernel takes 1.1 to 2.3 times as long as plain products, as measured, and a call of its
+    own for each length.
+    """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
-        return False
-    return group.length <= PRODUCT_LENGTH and group.length * group.count >= PRODUCT_TOKENS
+        return _layout.groups, ()
+    if _layout.parted is None:
+        _layout.parted = _part(_layout.groups)
+    return _layout.parted
 
 
-def _by_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, hidden: torch.Tensor | None
-) -> torch.Tensor:
-    mask = None if hidden is None else ~hidden
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+def _part(groups: Sequence[Group]) -> tuple[list[Group], list[_Block]]:
+    together: list[list[Group]] = []
+    for group in groups:
+        last = together[-1] if together else []
+        if last and last[-1].end - last[0].start < BLOCK_TOKENS and _filled(last[0].length) == _filled(group.length):
+            last.append(group)
+        else:
+            together.append([group])
+    alone: list[Group] = []
+    blocks: list[_Block] = []
+    for some in together:
+        if some[0].length <= PRODUCT_LENGTH and some[-1].end - some[0].start >= PRODUCT_TOKENS:
+            blocks.append(_Block(some))
+        else:
+            alone += some
+    return alone, blocks
 
 
-def _by_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, hidden: torch.Tensor | None
-) -> torch.Tensor:
-    """The same by two batched products; keys are filled up to whole vector registers, unseen."""
-    count, heads, length, width = query.shape
-    filled = -(-length // LANES) * LANES
-    keys, values = (_filled(part, filled) for part in (key, value))
-    bias = query.new_zeros(1 if hidden is None else length, filled)
-    bias[:, length:] = -torch.inf
-    if hidden is not None:
-        bias[:, :length].masked_fill_(hidden, -torch.inf)
-    scores = torch.baddbmm(
-        bias.expand(count * heads, length, filled),
-        query.reshape(count * heads, length, width),
-        keys.transpose(1, 2),
-        alpha=scale,
-    )
-    return torch.bmm(scores.softmax(-1), values).view(count, heads, length, width)
+def _filled(length: int) -> int:
+    """A length filled up to whole vector registers."""
+    return -(-length // LANES) * LANES
 
 
-def _filled(part: torch.Tensor, length: int) -> torch.Tensor:
-    """``[count * heads, length, width]``, with zeros after the real tokens."""
-    count, heads, tokens, width = part.shape
-    whole = part.new_empty(count, heads, length, width)
-    whole[:, :, :tokens] = part
-    whole[:, :, tokens:] = 0
-    return whole.view(count * heads, length, width)
-
-
-def _hidden(length: int, window: int | None, device: torch.device, *, causal: bool) -> torch.Tensor | None:
+def _hidden(length: int, window: int | None, *, causal: bool) -> torch.Tensor | None:
     """Which keys a query does not see, bool ``[length, length]``; None where it sees its whole text.
 
     ``window`` is as transformers hands it over: a query sees what is less than so many tokens away.
     """
     if not causal and (window is None or length <= window):
         return None
-    places = torch.arange(length, device=device)
+    places = torch.arange(length)
     ahead = places[None, :] - places[:, None]
     hidden = ahead > 0 if causal else torch.zeros_like(ahead, dtype=torch.bool)
     return hidden if window is None else hidden | (ahead.abs() >= window)

@@ -1,0 +1,69 @@
+"""When a host that still computes is given its next micro-batch.
+
+Early enough that it never waits for one, and otherwise late: what comes meanwhile joins the batch, and a pass over many
+costs less each than one over few. Owned by the event loop thread; instants are monotonic seconds handed in.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from workers.scheduler import Scheduler
+from workers.work import Pick
+
+SHARE: Final = 0.5
+"""The next batch is formed when this share has passed of what the one before it is taken to last."""
+
+
+@dataclass(slots=True)
+class _Host:
+    """What one host holds, in order, and since when it computes the first of it."""
+
+    picks: dict[int, Pick] = field(default_factory=dict)
+    since: float = 0.0
+
+
+class Ahead:
+    """Sees what each host is given and done with.
+
+    Args:
+        scheduler: knows what batches last, and who else asks.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._hosts: dict[int, _Host] = {}
+
+    def sent(self, host: int, batch: int, pick: Pick, now: float) -> None:
+        """A host was given a micro-batch."""
+        one = self._hosts.setdefault(host, _Host())
+        if not one.picks:
+            one.since = now
+        one.picks[batch] = pick
+
+    def done(self, host: int, batch: int, now: float) -> None:
+        """It has computed one."""
+        one = self._hosts.get(host)
+        if one is not None:
+            one.picks.pop(batch, None)
+            one.since = now
+
+    def lost(self, host: int) -> None:
+        """It is gone."""
+        self._hosts.pop(host, None)
+
+    def forget(self) -> None:
+        """Nothing is expected of what was sent."""
+        self._hosts.clear()
+
+    def wait_s(self, host: int, now: float) -> float | None:
+        """In how many seconds the host should be given one more; None: not before it is done with what it has."""
+        one = self._hosts.get(host)
+        if one is None or not one.picks:
+            return 0.0
+        if self._scheduler.is_enough(now, one.picks.values()):
+            return None
+        if not self._scheduler.policy.gather_s:
+            return 0.0
+        first = next(iter(one.picks.values()))
+        lasts_s = self._scheduler.pace.seconds(first.key, first.tokens) or 0.0
+        return max(0.0, one.since + SHARE * lasts_s - now)
