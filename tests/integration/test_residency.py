@@ -310,3 +310,19 @@ def test_hot_models_stay_through_a_sweep(start_pool: Callable[..., LivePool]) ->
         live.run(host, live.spec(f"fake/sweep{number}"), "x")
     resident = live.pool.hosts()[0].resident
     assert all(spec.digest in resident for spec in hot)
+
+
+def test_passes_of_many_shapes_leave_little_behind(start_pool: Callable[..., LivePool], folders: list[Path]) -> None:
+    """Libraries keep what they have prepared for a shape, and a padding-free pass has nearly always one of its own."""
+    live = start_pool(
+        model_dirs=(str(folders[0].parent),), preimport=("workers.host.families.dense",), device_memory=1000 * MIB
+    )
+    host, spec = live.ready()[0].id, _dense(folders[0])
+
+    def memory_after(totals: range) -> int:
+        for tokens in totals:
+            live.run(host, spec, *["a" * 50] * (tokens // 50), "b" * (tokens % 50 or 1))
+        return _rss(live, host)
+
+    before = memory_after(range(50, 250))
+    assert memory_after(range(250, 650)) < before + 60 * MIB  # kept whole, they are 200 MiB

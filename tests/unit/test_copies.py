@@ -1,10 +1,13 @@
 """Converted weights on disk and in host memory: whole or not at all, shared, bounded."""
 
+import itertools
 import os
 import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import get_native_id
+from time import monotonic
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.services import wait_until
 from workers.host import flat
-from workers.host.copies import Copies, Draft
+from workers.host.copies import BURST_S, NICE, WRITE_AFTER_S, Copies, Draft
 from workers.host.flat import FlatWeights
 from workers.host.host_memory import HostMemory
 
@@ -176,3 +179,32 @@ def test_host_memory_keeps_the_last_used_and_those_of_its_tier_longest() -> None
     assert found[-1] == "d"
     assert memory.bytes == 3 * one.bytes
     assert memory.bring("none", lambda: None) is None
+
+
+def test_copies_are_written_after_a_burst_of_loads_by_a_thread_that_lets_others_go_first(tmp_path: Path) -> None:
+    copies, begun, niceness = Copies(tmp_path, MANY), [], []
+
+    def make(name: str) -> Draft:
+        begun.append(monotonic())
+        niceness.append(os.getpriority(os.PRIO_PROCESS, get_native_id()))
+        return Draft(TENSORS, name, lambda: None)
+
+    asked = monotonic()
+    for name in ("one", "two"):
+        copies.keep_soon(name, partial(make, name))
+    wait_until(lambda: copies.find("two") is not None, 20, "the copies")
+    assert begun[0] >= asked + WRITE_AFTER_S
+    assert niceness == [NICE, NICE]
+    assert os.getpriority(os.PRIO_PROCESS, get_native_id()) < NICE
+
+
+def test_loads_that_go_on_do_not_put_copies_off_for_ever(tmp_path: Path) -> None:
+    copies, begun = Copies(tmp_path, MANY), []
+    started, names = monotonic(), itertools.count()
+
+    def load_on() -> bool:
+        copies.keep_soon(f"model-{next(names)}", lambda: begun.append(monotonic()))
+        return bool(begun)
+
+    wait_until(load_on, 20, "the first copy")
+    assert begun[0] - started >= BURST_S
