@@ -10,7 +10,7 @@ import httpx
 import pytest
 from celery import Celery
 
-from tests.live import LiveFarm, LiveWorker
+from tests.live import FAKE, LiveFarm, LiveWorker
 from tests.services import ROOT, free_port, wait_until
 
 
@@ -39,6 +39,14 @@ def flower(live: LiveFarm) -> Iterator[httpx.Client]:
     process.wait(10)
 
 
+def searched(flower: httpx.Client, what: str) -> list[dict[str, Any]]:
+    """The tasks that Flower's own page would show for this search."""
+    asked = {"search[value]": what, "order[0][column]": 0, "columns[0][data]": "name", "order[0][dir]": "asc"}
+    answer = flower.get("/tasks/datatable", params={"draw": 1, "start": 0, "length": 10, **asked})
+    found: list[dict[str, Any]] = answer.raise_for_status().json()["data"]
+    return found
+
+
 def test_flower_shows_the_worker_and_the_life_of_a_task(
     live: LiveFarm, worker: LiveWorker, flower: httpx.Client
 ) -> None:
@@ -52,6 +60,8 @@ def test_flower_shows_the_worker_and_the_life_of_a_task(
     for task, state in ((good, "SUCCESS"), (bad, "FAILURE")):
         wait_until(lambda task=task, state=state: state in flower.get(f"/task/{task}").text, 15, f"the task as {state}")
     wait_until(lambda: shown()[0].get("task-succeeded") == 1, 15, "the worker's count")
+    assert {one["uuid"] for one in searched(flower, f"args:{FAKE}")} == {good, bad}
+    assert not searched(flower, "args:fake/other")
     about = [one["hostname"] for one in shown()]
     wait_until(lambda: flower.get(f"/worker/{about[0]}").status_code == 200, 15, "the worker's own page")
     assert "Inspect method" not in (live.directory / "flower.log").read_text()

@@ -256,6 +256,26 @@ def test_events_tell_the_life_of_each_request(live: LiveFarm, producer: Celery) 
             wait_until(all_seen, 15, "the events")
 
 
+def test_what_ends_while_a_worker_shuts_down_is_told_as_well(live: LiveFarm, producer: Celery) -> None:
+    worker = live.start_worker()
+    seen: list[tuple[str, str]] = []
+    with producer.connection_for_read() as connection:
+        receiver = producer.events.Receiver(
+            connection, handlers={"*": lambda event: seen.append((event["type"], event.get("uuid", "")))}
+        )
+        with receiver.consumer_context() as (listening, *_):
+            wait_until(lambda: listening.drain_events(timeout=5) or seen, 10, "the receiver to hear a heartbeat")
+            running = occupy(live, producer.control.inspect(timeout=5, limit=1))
+            assert worker.stop() == 0
+            assert [outcome.state for outcome in live.wait_outcomes(running)] == ["succeeded"] * len(running)
+
+            def all_seen() -> bool:
+                listening.drain_events(timeout=5)
+                return {("task-succeeded", one) for one in running} <= set(seen)
+
+            wait_until(all_seen, 10, "the events")
+
+
 HOSTILE = [
     b"\xff\xfe not json",
     b"{}",

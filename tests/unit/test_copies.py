@@ -58,7 +58,7 @@ def test_copies_are_written_in_turn_and_what_waits_keeps_no_memory(tmp_path: Pat
         return None if name == "gone" else Draft(TENSORS, name, lambda: written.append(name))
 
     names = ["one", "gone", "failing", *map(str, range(6)), "last"]
-    for name in [*names, "last"]:
+    for name in names:
         copies.keep_soon(name, partial(make, name))
     wait_until(lambda: written[-1:] == ["last"], 20, "the last copy")
     kept = [name for name in names if name not in ("gone", "failing")]
@@ -196,6 +196,32 @@ def test_copies_are_written_after_a_burst_of_loads_by_a_thread_that_lets_others_
     assert begun[0] >= asked + WRITE_AFTER_S
     assert niceness == [NICE, NICE]
     assert os.getpriority(os.PRIO_PROCESS, get_native_id()) < NICE
+
+
+def test_a_model_that_comes_again_before_its_copy_is_there_goes_first(tmp_path: Path) -> None:
+    """Its first instance may have left by then: the newest one is asked."""
+    copies, turns = Copies(tmp_path, MANY), []
+
+    def ask(name: str, *, is_there: bool = True) -> None:
+        def make() -> Draft | None:
+            turns.append((name, is_there))
+            return Draft(TENSORS, name, lambda: None) if is_there else None
+
+        copies.keep_soon(name, make)
+
+    ask("first")
+    ask("again", is_there=False)
+    ask("again")
+    ask("gone", is_there=False)
+    wait_until(lambda: len(turns) == 3, 20, "all turns")
+    assert turns[0] == ("again", True)
+    assert set(turns[1:]) == {("first", True), ("gone", False)}
+    wait_until(lambda: not copies._pending, 20, "the thread to rest")
+    ask("new")
+    ask("gone")
+    wait_until(lambda: len(turns) == 5, 20, "all turns")
+    assert turns[3:] == [("gone", True), ("new", True)]
+    assert all(_same(copies.find(name)) for name in ("first", "again", "gone"))
 
 
 def test_loads_that_go_on_do_not_put_copies_off_for_ever(tmp_path: Path) -> None:

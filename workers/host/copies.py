@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock, Thread, get_native_id
-from time import monotonic, sleep
+from threading import Condition, Lock, Thread, get_native_id
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
@@ -61,8 +61,9 @@ class Copies:
         self._directory = directory
         self._limit_bytes = limit_bytes
         self._writing = Lock()
-        self._queueing = Lock()
+        self._changed = Condition()
         self._pending: dict[str, Callable[[], Draft | None]] = {}
+        self._again: set[str] = set()
         self._has_writer = False
         self._asked_at = 0.0
 
@@ -86,16 +87,19 @@ class Copies:
     def keep_soon(self, name: str, make: Callable[[], "Draft | None"]) -> None:
         """Write a copy beside whatever else goes on, each in its turn.
 
+        One that is asked for again before it is there goes first, and waits for no burst: its model comes and goes.
+
         Args:
             name: names the copy.
             make: asked for its content when its turn has come, so that what waits keeps no memory; None: it is not
-                wanted any more.
+                wanted any more. The one that was given last counts.
         """
-        with self._queueing:
+        with self._changed:
             if name in self._pending:
-                return
+                self._again.add(name)
             self._pending[name] = make
             self._asked_at = monotonic()
+            self._changed.notify()
             if not self._has_writer:
                 self._has_writer = True
                 Thread(target=self._write_pending, name="copies", daemon=True).start()
@@ -104,32 +108,40 @@ class Copies:
         """Until nothing is left to be written; whoever loads or computes goes first."""
         os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
         until = monotonic() + BURST_S
-        while (wait_s := min(self._asked_at + WRITE_AFTER_S, until) - monotonic()) > 0:
-            sleep(wait_s)
-        while (turn := self._next()) is not None:
+        while (turn := self._next(until)) is not None:
             name, make = turn
+            is_left = True
             try:
-                self._write(name, make)
+                is_left = not self._write(name, make)
             except Exception as error:  # noqa: BLE001 - whatever it is, it costs a copy and no more
                 log.warning("copy_not_kept", copy=name, error=repr(error)[:200])
-            with self._queueing:
+            with self._changed:
                 del self._pending[name]
+                (self._again.add if is_left else self._again.discard)(name)
 
-    def _next(self) -> "tuple[str, Callable[[], Draft | None]] | None":
-        """Whose turn it is; None, and the thread has ended, if nothing is left."""
-        with self._queueing:
-            if not self._pending:
-                self._has_writer = False
-                return None
-            return next(iter(self._pending.items()))
+    def _next(self, until: float) -> "tuple[str, Callable[[], Draft | None]] | None":
+        """Whose turn it is, once it has come; None, and the thread has ended, if nothing is left."""
+        with self._changed:
+            while self._pending:
+                name = next((one for one in self._pending if one in self._again), None)
+                wait_s = min(self._asked_at + WRITE_AFTER_S, until) - monotonic()
+                if name is None and wait_s <= 0:
+                    name = next(iter(self._pending))
+                if name is not None:
+                    return name, self._pending[name]
+                self._changed.wait(wait_s)
+            self._has_writer = False
+            return None
 
-    def _write(self, name: str, make: "Callable[[], Draft | None]") -> None:
+    def _write(self, name: str, make: "Callable[[], Draft | None]") -> bool:
+        """Whether it is there now."""
         draft = make()
         if draft is None or not self.keep(name, draft.tensors, draft.note):
-            return
+            return False
         then = draft.then
         del draft  # what is told may let go of the tensors, and give their memory back
         then()
+        return True
 
     def keep(self, name: str, tensors: Mapping[str, "torch.Tensor"], note: str) -> bool:
         """Write a copy and remove what it displaces; whether it is there now."""

@@ -302,7 +302,7 @@ class Host:
     # -- the compute thread ------------------------------------------------------------------------------------------
 
     def _compute(self) -> None:
-        while True:  # while it waits, nothing here may name the last job: that would keep its model in memory
+        while True:
             self._compute_one(self._jobs.get())
 
     def _compute_one(self, job: Job) -> None:
