@@ -1,7 +1,8 @@
 """When a host that still computes is given its next micro-batch.
 
-Early enough that it never waits for one, and otherwise late: what comes meanwhile joins the batch, and a pass over many
-costs less each than one over few. Owned by the event loop thread; instants are monotonic seconds handed in.
+Before it is done, so that it need not wait for one, and otherwise late: what comes meanwhile joins the batch, and a
+pass over many costs less each than one over few. What a batch is taken to last is the slowest that was seen of late, so
+the wait is bounded, too. Owned by the event loop thread; instants are monotonic seconds handed in.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from workers.scheduler import Scheduler
 from workers.work import Pick
 
 SHARE: Final = 0.5
-"""The next batch is formed when this share has passed of what the one before it is taken to last."""
+"""The next batch is formed when this share has passed of what the one before it is taken to last, or ``gather_s``."""
 
 
 @dataclass(slots=True)
@@ -43,9 +44,10 @@ class Ahead:
     def done(self, host: int, batch: int, now: float) -> None:
         """It has computed one."""
         one = self._hosts.get(host)
-        if one is not None:
-            one.picks.pop(batch, None)
-            one.since = now
+        if one is not None and batch in one.picks:
+            if batch == next(iter(one.picks)):  # another is done first where the first waits for its model
+                one.since = now
+            del one.picks[batch]
 
     def lost(self, host: int) -> None:
         """It is gone."""
@@ -62,8 +64,8 @@ class Ahead:
             return 0.0
         if self._scheduler.is_enough(now, one.picks.values()):
             return None
-        if not self._scheduler.policy.gather_s:
-            return 0.0
         first = next(iter(one.picks.values()))
+        if first.loads:
+            return 0.0
         lasts_s = self._scheduler.pace.seconds(first.key, first.tokens) or 0.0
-        return max(0.0, one.since + SHARE * lasts_s - now)
+        return max(0.0, one.since + min(SHARE * lasts_s, self._scheduler.policy.gather_s) - now)

@@ -316,18 +316,19 @@ class Dispatcher:
         depth = {view.id: view.outstanding for view in views}
         alone, is_gathering, soon = -(-len(views) // 2), False, list[float]()
         for level in range(HOST_DEPTH):
-            free = [view for view in views if depth[view.id] <= level]
+            free, coming = [view for view in views if depth[view.id] <= level], 0
             if level:
                 waits = {view.id: self._ahead.wait_s(view.id, now) for view in free}
                 free = [view for view in free if waits[view.id] == 0]
-                soon += [wait for wait in waits.values() if wait]
+                soon += (due := [wait for wait in waits.values() if wait])
+                coming = len(due)
             for place, view in enumerate(free):
                 pick = self._scheduler.pick(
                     now,
                     resident=view.resident,
                     loading=view.loading,
                     elsewhere={digest for other in views if other is not view for digest in other.resident},
-                    hosts=len(free) - place,
+                    hosts=len(free) - place + coming,
                     spread=alone - sum(1 for held in depth.values() if held),
                     lead_s=self.throughput.lead_s,
                 )

@@ -1,4 +1,4 @@
-"""When Celery's task events leave the worker: many in one publish, some times a second.
+"""When Celery's task events leave the worker: many in one publish, at most ten times a second.
 
 Celery publishes what it has buffered at the end of every turn of the loop and waits for Redis's reply. Under a load of
 small requests that is hundreds of publishes a second, for which the loop stands still; whoever watches tasks, Flower or
@@ -11,7 +11,7 @@ from typing import Any, Final
 from tasks.messages import Ticket
 
 EVERY_S: Final = 0.1
-"""An event leaves at the latest so long after it happened. A worker that is killed takes these with it."""
+"""An event waits so long for others. A worker that is killed takes these with it."""
 LIMIT: Final = 1024
 """So many events are published at once without waiting for the time, so that the buffer is bounded."""
 
@@ -36,7 +36,7 @@ class EventFlush:
             self._consumer.event_dispatcher.flush()
 
     def _on_buffered(self) -> None:
-        # a time, not a flag: a hub that is reset for a new connection forgets its timers
+        # a time, not a flag: a timer that is lost with a connection must not be waited for
         now = monotonic()
         if now >= self._due:
             self._due = now + EVERY_S

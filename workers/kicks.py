@@ -20,7 +20,9 @@ class Kicks:
         self._later_at = 0.0
 
     def use(self, hub: Any) -> None:
-        """Use this hub from now on; it has forgotten what was to be called."""
+        """Use this hub from now on; what was to be called by one before it may be forgotten."""
+        if self._later is not None:
+            self._later.cancel()
         self._hub, self._is_due, self._later = hub, False, None
 
     def soon(self) -> None:

@@ -42,6 +42,7 @@ class IntakeStep(bootsteps.StartStopStep):
     """Attaches the intake to the broker channel of this connection, and leaves for good on shutdown."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
+    _events: EventFlush | None = None  # a connection may break before this step is started
 
     def start(self, consumer: Any) -> None:
         """A new connection: drain its channel."""
@@ -59,12 +60,16 @@ class IntakeStep(bootsteps.StartStopStep):
             farm = consumer.controller.farm
             wait_s = 0.0 if celery_state.should_terminate else farm.settings.drain_s
             farm.leave(_channel(consumer), wait_s=wait_s)
-        self._events.flush()
+        self._flush_events()
 
     def terminate(self, consumer: Any) -> None:
         """A cold shutdown waits for nothing."""
         consumer.controller.farm.leave(_channel(consumer), wait_s=0.0)
-        self._events.flush()
+        self._flush_events()
+
+    def _flush_events(self) -> None:
+        if self._events is not None:
+            self._events.flush()
 
     def info(self, consumer: Any) -> dict[str, Any]:  # type: ignore[override]  # the stubs say None
         """What ``inspect stats`` shows of the farm."""

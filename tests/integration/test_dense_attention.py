@@ -50,6 +50,19 @@ def test_a_text_sees_itself_and_nothing_of_its_neighbours(
             )
 
 
+@pytest.mark.parametrize("kind", TOLERANCE, ids=str)
+def test_numbers_that_are_none_stay_in_their_text(kind: torch.dtype) -> None:
+    one = torch.randn(1, HEADS, MIXED[-1].end, WIDTH, generator=torch.Generator().manual_seed(7)).to(kind)
+    broken = one.clone()
+    broken[0, :, 0] = torch.nan  # a text of one token, the first of its block
+    with layout(MIXED):
+        whole, _ = packed_attention(torch.nn.Identity(), one, one, one, None)
+    with layout(MIXED):
+        mixed, _ = packed_attention(torch.nn.Identity(), broken, broken, broken, None)
+    assert mixed[0, 0].isnan().all()
+    assert torch.equal(mixed[0, 1:], whole[0, 1:])
+
+
 def test_what_changes_scores_in_an_unknown_way_is_refused() -> None:
     one = torch.zeros(1, HEADS, 4, WIDTH)
     with layout((Group(0, 1, 4),)), pytest.raises(NotImplementedError, match="position_bias"):

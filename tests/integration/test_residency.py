@@ -102,8 +102,8 @@ def test_memory_falls_at_eviction_and_every_model_still_answers_as_before(
 ) -> None:
     """Nine times round twelve models in room for four, from files, from copies, from memory.
 
-    A host's memory moves by up to forty MiB as its allocator pleases; of the hundred models that come and go here, one
-    kept in six would be seen.
+    A host's memory moves by some ten MiB as its allocator pleases; of the 72 models that come and go between the two
+    looks, eight that were kept would be seen.
     """
     live = start_pool(
         model_dirs=(str(folders[0].parent),),
@@ -117,14 +117,14 @@ def test_memory_falls_at_eviction_and_every_model_still_answers_as_before(
     first = [_run(live, host, spec) for spec in specs]
     assert all(_cosine(mine, theirs) > 0.9999 - 0.0005 for mine, theirs in zip(first, expected, strict=True))
     assert len({tuple(one.round(3)) for one in first}) == len(specs)
-    peak = _rss(live, host)
-    for _ in range(8):
+    for turn in range(8):
+        if turn == 2:  # by then all come from copies
+            settled = _rss(live, host)
         for spec, before in zip(specs, first, strict=True):
             assert np.array_equal(_run(live, host, spec), before), f"{spec.id} answers differently after its return"
             assert len(live.pool.hosts()[0].resident) <= 8
-    resident = live.pool.hosts()[0].resident
-    held = sum(resident.values())
-    assert _rss(live, host) < peak + len(specs) * held / len(resident)
+    held = sum(live.pool.hosts()[0].resident.values())
+    assert _rss(live, host) < settled + held
     before = _rss(live, host)
     for spec in specs:
         live.pool.evict(spec.digest, "removed")

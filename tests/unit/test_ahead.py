@@ -28,18 +28,41 @@ def test_a_host_without_anything_is_given_something_at_once() -> None:
 
 def test_one_that_computes_is_given_more_when_half_of_it_should_be_done() -> None:
     made = ahead()
-    made.sent(HOST, 1, pick(100), now=5.0)
-    assert made.wait_s(HOST, 5.0) == pytest.approx(0.05)
-    assert made.wait_s(HOST, 5.04) == pytest.approx(0.01)
-    assert made.wait_s(HOST, 5.06) == 0
+    made.sent(HOST, 1, pick(40), now=5.0)
+    assert made.wait_s(HOST, 5.0) == pytest.approx(0.02)
+    assert made.wait_s(HOST, 5.01) == pytest.approx(0.01)
+    assert made.wait_s(HOST, 5.03) == 0
+
+
+def test_it_is_not_put_off_for_long_whatever_is_thought_of_the_batch_before() -> None:
+    made = ahead()
+    made.sent(HOST, 1, pick(5000), now=5.0)
+    assert made.wait_s(HOST, 5.0) == pytest.approx(0.03)
+
+
+def test_a_batch_that_waits_for_its_model_holds_nobody_up() -> None:
+    made = ahead()
+    made.sent(HOST, 1, Pick((), "a", A, loads=True, tokens=100, items=1), now=5.0)
+    assert made.wait_s(HOST, 5.0) == 0
+    made.sent(HOST, 2, pick(), now=5.0)
+    made.done(HOST, 2, now=5.1)
+    assert made.wait_s(HOST, 5.1) == 0
+
+
+def test_what_is_done_out_of_turn_does_not_start_the_first_anew() -> None:
+    made = ahead()
+    made.sent(HOST, 1, pick(40), now=5.0)
+    made.sent(HOST, 2, pick(40), now=5.01)
+    made.done(HOST, 2, now=5.015)
+    assert made.wait_s(HOST, 5.015) == pytest.approx(0.005)
 
 
 def test_what_stands_behind_another_is_computed_from_its_end() -> None:
     made = ahead()
-    made.sent(HOST, 1, pick(100), now=5.0)
-    made.sent(HOST, 2, pick(200), now=5.05)
+    made.sent(HOST, 1, pick(40), now=5.0)
+    made.sent(HOST, 2, pick(50), now=5.02)
     made.done(HOST, 1, now=5.2)
-    assert made.wait_s(HOST, 5.2) == pytest.approx(0.1)
+    assert made.wait_s(HOST, 5.2) == pytest.approx(0.025)
     made.done(HOST, 2, now=5.3)
     assert made.wait_s(HOST, 5.3) == 0
 

@@ -40,8 +40,9 @@ class _Block:
         self._longest, self._width = groups[-1].length, _filled(groups[-1].length)
         lengths = torch.tensor([group.length for group in groups for _ in range(group.count)])
         is_token = torch.arange(self._width) < lengths[:, None]
-        self._unseen = ~is_token
-        key_of = torch.full(is_token.shape, self.tokens.start)
+        self._unseen = ~is_token if len(groups) > 1 else ~is_token[:1]
+        firsts = self.tokens.start + lengths.cumsum(0) - lengths
+        key_of = firsts[:, None].repeat(1, self._width)  # filled with its own: what is no number in a text stays in it
         key_of[is_token] = torch.arange(self.tokens.start, self.tokens.stop)
         self._key_of = key_of.flatten()
         self._query_of = key_of[:, : self._longest].flatten()
@@ -63,19 +64,23 @@ class _Block:
         queries = query.index_select(1, self._query_of).view(-1, self._longest, width)
         keys, values = (part.index_select(1, self._key_of).view(-1, self._width, width) for part in (key, value))
         bias = self._bias(heads, query.dtype, window, causal=causal)
-        scores = torch.baddbmm(bias.expand(-1, self._longest, -1), queries, keys.transpose(1, 2), alpha=scale)
+        seen = bias.expand(len(queries), self._longest, -1)
+        scores = torch.baddbmm(seen, queries, keys.transpose(1, 2), alpha=scale)
         mixed = torch.bmm(scores.softmax(-1), values)
         return mixed.view(heads, -1, width).index_select(1, self._place_of).transpose(0, 1)
 
     def _bias(self, heads: int, dtype: torch.dtype, window: int | None, *, causal: bool) -> torch.Tensor:
-        """What is added to the scores, ``[heads * texts, queries or 1, keys]``: one for all layers that ask so."""
+        """What is added to the scores: one for all layers that ask so.
+
+        ``[heads * texts, queries or 1, keys]``, of texts of one length ``[1, queries or 1, keys]``.
+        """
         asked = (heads, dtype, window, causal)
         if asked not in self._biases:
             unseen, hidden = self._unseen[:, None], _hidden(self._width, window, causal=causal)
             if hidden is not None:
                 unseen = unseen | hidden[: self._longest]
             bias = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
-            self._biases[asked] = bias.repeat(heads, 1, 1)
+            self._biases[asked] = bias if len(bias) == 1 else bias.repeat(heads, 1, 1)
         return self._biases[asked]
 
 
@@ -150,18 +155,24 @@ def _part(groups: Sequence[Group]) -> tuple[list[Group], list[_Block]]:
     together: list[list[Group]] = []
     for group in groups:
         last = together[-1] if together else []
-        if last and last[-1].end - last[0].start < BLOCK_TOKENS and _filled(last[0].length) == _filled(group.length):
+        is_small = group.end - group.start < BLOCK_TOKENS
+        if last and is_small and _tokens(last) < BLOCK_TOKENS and _filled(last[0].length) == _filled(group.length):
             last.append(group)
         else:
             together.append([group])
     alone: list[Group] = []
     blocks: list[_Block] = []
     for some in together:
-        if some[0].length <= PRODUCT_LENGTH and some[-1].end - some[0].start >= PRODUCT_TOKENS:
+        if some[0].length <= PRODUCT_LENGTH and _tokens(some) >= PRODUCT_TOKENS:
             blocks.append(_Block(some))
         else:
             alone += some
     return alone, blocks
+
+
+def _tokens(groups: Sequence[Group]) -> int:
+    """Tokens of groups that stand side by side."""
+    return groups[-1].end - groups[0].start
 
 
 def _filled(length: int) -> int:

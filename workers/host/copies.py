@@ -87,7 +87,7 @@ class Copies:
     def keep_soon(self, name: str, make: Callable[[], "Draft | None"]) -> None:
         """Write a copy beside whatever else goes on, each in its turn.
 
-        One that is asked for again before it is there goes first, and waits for no burst: its model comes and goes.
+        One whose model comes again before its turn, or had left by then, goes first and waits for no burst.
 
         Args:
             name: names the copy.
@@ -106,18 +106,20 @@ class Copies:
 
     def _write_pending(self) -> None:
         """Until nothing is left to be written; whoever loads or computes goes first."""
-        os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
+        with suppress(OSError):  # who was started with a larger niceness may not lower it
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)
         until = monotonic() + BURST_S
         while (turn := self._next(until)) is not None:
             name, make = turn
-            is_left = True
+            has_left = False
             try:
-                is_left = not self._write(name, make)
+                has_left = not self._write(name, make)
             except Exception as error:  # noqa: BLE001 - whatever it is, it costs a copy and no more
                 log.warning("copy_not_kept", copy=name, error=repr(error)[:200])
             with self._changed:
-                del self._pending[name]
-                (self._again.add if is_left else self._again.discard)(name)
+                if self._pending[name] is make:  # else its model has come again meanwhile
+                    del self._pending[name]
+                (self._again.add if has_left else self._again.discard)(name)
 
     def _next(self, until: float) -> "tuple[str, Callable[[], Draft | None]] | None":
         """Whose turn it is, once it has come; None, and the thread has ended, if nothing is left."""
@@ -134,13 +136,14 @@ class Copies:
             return None
 
     def _write(self, name: str, make: "Callable[[], Draft | None]") -> bool:
-        """Whether it is there now."""
+        """False: it is not wanted any more."""
         draft = make()
-        if draft is None or not self.keep(name, draft.tensors, draft.note):
+        if draft is None:
             return False
-        then = draft.then
+        is_kept, then = self.keep(name, draft.tensors, draft.note), draft.then
         del draft  # what is told may let go of the tensors, and give their memory back
-        then()
+        if is_kept:
+            then()
         return True
 
     def keep(self, name: str, tensors: Mapping[str, "torch.Tensor"], note: str) -> bool:

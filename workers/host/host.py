@@ -302,7 +302,7 @@ class Host:
     # -- the compute thread ------------------------------------------------------------------------------------------
 
     def _compute(self) -> None:
-        while True:
+        while True:  # while it waits, nothing here names the last job, and so its model
             self._compute_one(self._jobs.get())
 
     def _compute_one(self, job: Job) -> None:
