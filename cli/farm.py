@@ -27,6 +27,7 @@ EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "worker": ("torch", "transformers", "tokenizers", "safetensors"),
 }
 _HERE: Final = Path(__file__).resolve().parent.parent
+FLOWER_CONFIG: Final = _HERE / "cli" / "flowerconfig.py"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class FarmPlan:
             doing="Flower",
             command=lambda: [
                 *(sys.executable, "-m", "celery", "flower", "--address=127.0.0.1", f"--port={port}"),
-                *("--max_tasks=5000", "--purge_offline_workers=60"),
+                f"--conf={FLOWER_CONFIG}",
             ],
             environment=self._environment
             | {"BROKER_URL": self.redis_url},  # not among the arguments: it holds a password

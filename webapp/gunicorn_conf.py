@@ -12,11 +12,13 @@ monkey.patch_all()  # before anything imports ssl, sockets or locks
 
 from typing import Any  # noqa: E402
 
+from common.collector import collect_seldom, keep_for_good  # noqa: E402
 from common.errors import SetupError  # noqa: E402
 from common.logs import get_logger  # noqa: E402
 from common.settings import WebSettings, load_settings  # noqa: E402
 from webapp.auth.door import check_settings  # noqa: E402
 
+collect_seldom()
 _settings = load_settings(WebSettings)
 
 
@@ -27,6 +29,11 @@ def on_starting(server: Any) -> None:
     except SetupError as error:
         get_logger("webapp").error("web_cannot_start", reason=error.message)
         raise SystemExit(1) from None
+
+
+def post_worker_init(_worker: Any) -> None:
+    """The application is there: nothing of it goes until the process does."""
+    keep_for_good()
 
 
 wsgi_app = "webapp.main:build()"

@@ -54,6 +54,8 @@ class FarmWebWorker(GeventWorker):  # type: ignore[misc]  # gunicorn is untyped
             if not unread.is_read(req):
                 unread.linger(sock)
             raise
+        finally:
+            del req.should_close  # it refers back to the request: both would wait for a search for cycles
 
     def handle_error(self, _req: Any, client: Any, _addr: Any, exc: BaseException) -> None:
         """Answer what is no request, or broke outside of the application; the connection is closed after this."""

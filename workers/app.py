@@ -3,6 +3,7 @@
 from celery import Celery
 
 from common import faults
+from common.collector import collect_seldom
 from common.errors import SetupError
 from common.logs import configure_logs, get_logger
 from common.settings import WorkerSettings, load_settings
@@ -32,6 +33,7 @@ def build_worker_app(settings: WorkerSettings) -> Celery:
 
 
 def _from_environment() -> Celery:
+    collect_seldom()
     try:
         settings = load_settings(WorkerSettings)
     except SetupError as error:

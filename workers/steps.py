@@ -6,6 +6,7 @@ from celery import bootsteps
 from celery.exceptions import WorkerShutdown
 from celery.worker import state as celery_state
 
+from common.collector import keep_for_good
 from common.errors import SetupError
 from common.logs import get_logger
 from workers.events import EventFlush
@@ -29,6 +30,7 @@ class FarmStep(bootsteps.StartStopStep):
         """Check and start; a refusal is one line and the end of the process."""
         try:
             worker.farm.start()
+            keep_for_good()
         except SetupError as error:
             log.critical("worker_refused", reason=error.message)
             raise WorkerShutdown(1) from None

@@ -1,0 +1,9 @@
+"""Flower's settings, which it reads from this file (``--conf``). Addresses and ports are the command line's."""
+
+from common.collector import collect_seldom
+
+collect_seldom()  # its table of tasks is all it holds, and none of it is a cycle
+
+max_tasks = 5000
+purge_offline_workers = 60
+"""Seconds."""
