@@ -10,6 +10,7 @@ import httpx
 import pytest
 from celery import Celery
 
+from cli.farm import FLOWER_CONFIG
 from tests.live import FAKE, LiveFarm, LiveWorker
 from tests.services import ROOT, free_port, wait_until
 
@@ -24,6 +25,7 @@ def worker(live: LiveFarm) -> LiveWorker:
 def flower(live: LiveFarm) -> Iterator[httpx.Client]:
     port = free_port()
     command = [sys.executable, "-m", "celery", f"--broker={live.redis_url}", "flower", "--address=127.0.0.1"]
+    command.append(f"--conf={FLOWER_CONFIG}")
     with (live.directory / "flower.log").open("wb") as log:
         process = subprocess.Popen([*command, f"--port={port}"], cwd=ROOT, stdout=log, stderr=log)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:

@@ -29,6 +29,7 @@ RUNS = {
         "cli.export_folder",
         "cli.dead_letters",
         "config_db.migrate",
+        "cli.flowerconfig",
         "flower.command",
         "kombu.transport.redis",
     ),
