@@ -4,6 +4,8 @@ from common.collector import collect_seldom
 
 collect_seldom()  # its table of tasks is all it holds, and none of it is a cycle
 
+tasks_columns = "name,args,state,received,runtime,worker,uuid"
+"""``args`` are the model, the adapter and the tenant."""
 max_tasks = 5000
 purge_offline_workers = 60
 """Seconds."""

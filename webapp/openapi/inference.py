@@ -30,7 +30,7 @@ from webapp.openapi.declared import Answered, Body, Link, View, declared
 from webapp.wire.headers import JSON, MSGPACK
 from webapp.wire.provisioning import Later
 
-EMBEDDER: Final = "BAAI/bge-m3"
+EMBEDDER: Final = "sentence-transformers/all-MiniLM-L6-v2"
 RERANKER: Final = "BAAI/bge-reranker-v2-m3"
 EXTRACTOR: Final = "urchade/gliner_multi-v2.1"
 """Models that the examples name."""
