@@ -1,9 +1,5 @@
 """Flower's settings, which it reads from this file (``--conf``). Addresses and ports are the command line's."""
 
-from common.collector import collect_seldom
-
-collect_seldom()  # its table of tasks is all it holds, and none of it is a cycle
-
 tasks_columns = "name,args,state,received,runtime,worker,uuid"
 """``args`` are the model, the adapter and the tenant."""
 max_tasks = 5000

@@ -2,8 +2,7 @@
 
 By default it looks whenever 700 more containers were made than freed, and now and then goes through all there are.
 Requests leave few cycles behind, but a process of ours holds some 200 000 containers of its libraries from its start
-on: going through them cost the web tier 15 % of its time, and Flower up to a half. What is no cycle is freed at once,
-as ever.
+on: going through them cost the web tier 15 % of its time. What is no cycle is freed at once, as ever.
 """
 
 import gc
