@@ -37,7 +37,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 
 
-ADAPTABLE: Final = frozenset(("dense", "cross-encoder", "causal-reranker"))
+ADAPTABLE: Final = frozenset(("dense", "sparse", "multivector", "bge-m3", "cross-encoder", "causal-reranker"))
 """Families whose models take adapters."""
 
 
