@@ -37,7 +37,18 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 
 
-ADAPTABLE: Final = frozenset(("dense", "cross-encoder", "causal-reranker"))
+ADAPTABLE: Final = frozenset(
+    (
+        "dense",
+        "sparse",
+        "multivector",
+        "bge-m3",
+        "cross-encoder",
+        "causal-reranker",
+        "token-classification",
+        "nli",
+    )
+)
 """Families whose models take adapters."""
 
 

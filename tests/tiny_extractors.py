@@ -157,17 +157,21 @@ def build_ner(place: Path) -> None:
 
 
 def make_ner(out: Path) -> dict[str, Any]:
+    build_ner(out / "ner")
+    return {"ner": say_ner(out / "ner")}
+
+
+def say_ner(place: Path) -> dict[str, Any]:
     from transformers import pipeline
 
-    build_ner(out / "ner")
     said = {}
     for case, options in NER_CASES.items():
-        run = pipeline("token-classification", model=str(out / "ner"), device="cpu", **options)
+        run = pipeline("token-classification", model=str(place), device="cpu", **options)
         said[case] = [
             [[one.get("entity_group") or one["entity"], float(one["score"]), one["start"], one["end"]] for one in found]
             for found in map(run, TEXTS)
         ]
-    return {"ner": said}
+    return said
 
 
 NLI_KINDS = {
@@ -186,15 +190,17 @@ def build_nli(place: Path, name: str, seed: int = 0) -> None:
 
 
 def make_nli(out: Path) -> dict[str, Any]:
-    from transformers import pipeline
-
-    said = {}
     for seed, name in enumerate(NLI_KINDS):
         build_nli(out / name, name, seed)
-        run = pipeline("zero-shot-classification", model=str(out / name), device="cpu")
-        said[name] = {case: _classes(run, LABELS, options) for case, options in NLI_CASES.items()}
-        said[name]["one"] = _classes(run, LABELS[:1], {})
-    return said
+    return {name: say_nli(out / name) for name in NLI_KINDS}
+
+
+def say_nli(place: Path) -> dict[str, Any]:
+    from transformers import pipeline
+
+    run = pipeline("zero-shot-classification", model=str(place), device="cpu")
+    said = {case: _classes(run, LABELS, options) for case, options in NLI_CASES.items()}
+    return {**said, "one": _classes(run, LABELS[:1], {})}
 
 
 def _classes(run: Any, labels: list[str], options: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from tests.live import LiveFarm, fake_spec
 from tests.lora import make_adapted
 from tests.rerankers import make_causal_rerankers, make_cross_encoders
 from tests.services import PostgresServer, RedisServer
+from tests.token_lora import make_token_adapters
 from tests.web import Web, start_web, stop_web
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,12 @@ def start_pool(tmp_path: Path) -> Iterator[Callable[..., LivePool]]:
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny bases with adapters beside them, and what peft says of them (``tests.lora``)."""
     return make_adapted(tmp_path_factory.mktemp("adapted"))
+
+
+@pytest.fixture(scope="session")
+def token_adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of ``tests.token_models`` with adapters, and what peft says of them (``tests.token_lora``)."""
+    return make_token_adapters(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

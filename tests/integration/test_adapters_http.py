@@ -16,21 +16,33 @@ from config_db.adapters import SETTING
 from config_db.engine import open_engine, transaction
 from config_db.model_folders import spec_of_directory
 from config_db.publish import Put, publish
-from config_db.spec import ModelSpec
+from config_db.spec import ModelSpec, Source
+from tasks import codec
 from tests.hub import HIDDEN, HubStandIn, serving_hub
 from tests.integration.test_dense import cosines
 from tests.live import LiveFarm
 from tests.lora import TEXTS, reference, source
 from tests.services import PostgresServer, RedisServer, wait_until
+from tests.token_lora import reference as token_reference
+from tests.token_lora import source as token_source
+from tests.token_models import TEXTS as TOKEN_TEXTS
+from tests.token_models import spec_of
 from tests.web import Web, start_web, stop_web
 
 TEXT = TEXTS[1]
 FAR = "team/far"
+SERVED = [("law", "small"), ("money", "both")]
+"""What adapters are called, and what they are."""
 
 
 def spec_with(folder: Path, **adapters: str) -> ModelSpec:
     named = {name: source(folder, adapter) for name, adapter in adapters.items()}
     return msgspec.structs.replace(spec_of_directory(folder), id="org/base", precision="float32", adapters=named)
+
+
+def token_spec(folder: Path, family: str, **adapters: str) -> ModelSpec:
+    named = {name: token_source(folder, adapter) for name, adapter in adapters.items()}
+    return spec_of(folder, family, id=f"org/{family}", adapters=named)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +65,26 @@ def hub(adapted: dict[str, Path]) -> Iterator[HubStandIn]:
 def farm(
     hub: HubStandIn,  # noqa: ARG001 - its address stands in the environment of the worker
     adapted: dict[str, Path],
+    token_adapted: Path,
     redis_server: RedisServer,
     postgres_server: PostgresServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[LiveFarm]:
     directory = tmp_path_factory.mktemp("farm")
     farm = LiveFarm(redis_server.url, postgres_server.fresh_database(), directory)
-    farm.add_models(spec_with(adapted["bert"], law="small", money="wide"))
+    farm.add_models(
+        spec_with(adapted["bert"], law="small", money="wide"),
+        token_spec(token_adapted / "free", "sparse", law="small", money="both"),
+        token_spec(token_adapted / "stanford", "multivector", law="small", money="both"),
+        ModelSpec(
+            id="org/gliner",
+            family="gliner",
+            source=Source(path="/"),
+            operations=("extract",),
+            outputs=("json",),
+            adapters={"law": Source(path="/")},
+        ),
+    )
     farm.start_worker(hub_cache=directory / "hub", ready=False)
     yield farm
     farm.close()
@@ -99,6 +124,47 @@ def test_an_adapter_is_named_by_either_option(web: Web, adapted: dict[str, Path]
     assert [is_of(answer, folder, "wide") for answer in answers] == [False, False, True, True]
     assert is_of(ask(web, lora="law", lora_id="law"), folder, "small")
     assert is_of(ask(web, lora=None), folder, "st")
+
+
+def test_sparse_requests_for_different_adapters_at_once(web: Web, token_adapted: Path) -> None:
+    folder, at = token_adapted / "free", 1
+    right = {name: token_reference(folder, adapter, "document")[at] for name, adapter in SERVED}
+
+    def weights(name: str) -> Any:
+        body = {"items": [{"text": TOKEN_TEXTS[at]}], "params": {"options": {"lora": name}}}
+        found = web.http.post("/v1/encode/org/sparse", json=body, timeout=60).json()["items"][0]["sparse"]
+        row = np.zeros(len(right[name]))
+        row[found["indices"]] = found["values"]
+        return row
+
+    names = ["law", "money"] * 4
+    with ThreadPoolExecutor(8) as pool:
+        for name, found in zip(names, pool.map(weights, names), strict=True):
+            other = right["law" if name == "money" else "money"]
+            assert cosines(found[None], right[name][None])[0] >= 0.9999 > cosines(found[None], other[None])[0]
+
+
+def test_scores_of_late_interaction_by_the_adapter_that_is_named(web: Web, token_adapted: Path) -> None:
+    folder = token_adapted / "stanford"
+    items = [{"text": text, "id": f"t{n}"} for n, text in enumerate(TOKEN_TEXTS)]
+    for name, adapter in SERVED:
+        body = {"query": {"text": TOKEN_TEXTS[1]}, "items": items, "options": {"lora_id": name}}
+        found = {
+            one["item_id"]: one["score"]
+            for one in web.http.post("/v1/score/org/multivector", json=body).json()["scores"]
+        }
+        right = token_reference(folder, adapter, "maxsim")[1]
+        np.testing.assert_allclose([found[f"t{n}"] for n in range(len(items))], right, atol=1e-3, rtol=1e-4)
+    response = web.http.post("/v1/score/org/multivector", json={**body, "options": {"lora": "lawn"}})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "options.lora")
+
+
+def test_a_family_that_takes_none_is_400(web: Web) -> None:
+    body = {"items": [{"text": TEXT}], "params": {"labels": ["a"], "options": {"lora": "law"}}}
+    response = web.http.post("/v1/extract/org/gliner", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "INVALID_INPUT", "params.options.lora")
+    assert "of the family gliner, which takes no adapters" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -175,8 +241,6 @@ def test_a_plain_celery_producer_names_an_adapter_too(farm: LiveFarm, adapted: d
     sent = app.send_task("farm.encode", args=("org/base", request), queue=queue)
     wrong = app.send_task("farm.encode", args=("org/base", {**request, "options": {"lora": "mony"}}), queue=queue)
     values = sent.get(timeout=30)["items"][0]["dense"]["values"]
-    from tasks import codec
-
     found = np.array([codec.array_of(values)])
     assert cosines(found, reference(adapted["bert"], "wide")[1:2]).min() >= 0.9999
     with pytest.raises(Exception, match="did you mean money"):

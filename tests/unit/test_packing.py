@@ -34,3 +34,9 @@ def test_short_texts_share_a_pass() -> None:
     (one,) = plan([3, 5, 3], pass_tokens=16, padded=False)
     assert one.rows == (0, 2, 1)
     assert [(group.start, group.count, group.length) for group in one.groups] == [(0, 2, 3), (6, 1, 5)]
+
+
+def test_only_the_texts_that_are_run_stand_in_passes_by_their_places() -> None:
+    passes = plan([9, 4, 9, 2, 9], pass_tokens=6, padded=False, places=[1, 3, 4])
+    assert [one.rows for one in passes] == [(3, 1), (4,)]
+    assert plan([9, 4], pass_tokens=6, padded=True, places=[]) == []

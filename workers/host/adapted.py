@@ -1,7 +1,8 @@
 """Linear layers with adapters, several of them in one forward pass: which tokens or rows belong to whom.
 
-The layers are peft's; how a pass is divided is set round its forward, for the thread that runs it. Where the adapters
-of a pass do not stand side by side they are brought together once a layer, so that each costs two small products.
+The layers are peft's; whose the texts of a micro-batch are, and how a pass is divided, is set round its run and round
+each forward, for the thread that runs it. Where the adapters of a pass do not stand side by side they are brought
+together once a layer, so that each costs two small products.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,7 @@ class UndividedError(RuntimeError):
 
 
 class _Current(local):
+    owners: Sequence[str] = ()
     division: Division | None = None
 
 
@@ -67,9 +69,19 @@ _current = _Current()
 
 
 @contextmanager
-def divided(division: Division) -> Iterator[None]:
-    """Let adapted layers in the block, in this thread, follow this division."""
-    _current.division = division
+def owned(owners: Sequence[str]) -> Iterator[None]:
+    """Let the texts of a micro-batch that runs in the block, in this thread, be of these adapters, one for each."""
+    _current.owners = owners
+    try:
+        yield
+    finally:
+        _current.owners = ()
+
+
+@contextmanager
+def divided(rows: Sequence[int], counts: Sequence[int], *, axis: int, device: str) -> Iterator[None]:
+    """Divide what adapted layers in the block, in this thread, are given: ``counts[i]`` places for text ``rows[i]``."""
+    _current.division = divide([_current.owners[row] for row in rows], counts, axis=axis, device=device)
     try:
         yield
     finally:

@@ -206,7 +206,7 @@ def _layer(name: str, base: torch.nn.Module) -> torch.nn.Linear:
     try:
         layer = base.get_submodule(name)
     except AttributeError as error:
-        raise refusal(f"the base has no module {name!r}") from error
+        raise refusal(f"the base has no module {name!r} that takes adapters") from error
     if type(layer) is not torch.nn.Linear:
         raise refusal(f"the base's module {name!r} is a {type(layer).__name__}; only linear layers are adapted")
     return layer

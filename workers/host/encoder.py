@@ -74,15 +74,18 @@ class Encoder:
             place += group.count
         return found
 
-    def partly_seen(self, rows: Sequence[Sequence[int]], seen: Sequence[int], attention: str) -> torch.Tensor:
-        """The last hidden states ``[count, length, width]`` of texts of one length.
+    def partly_seen(
+        self, texts: Sequence[Sequence[int]], rows: Sequence[int], seen: Sequence[int], attention: str
+    ) -> torch.Tensor:
+        """The last hidden states ``[count, length, width]`` of some texts, which are of one length.
 
         Args:
-            rows: the texts.
-            seen: of each text, how many of its first tokens any token of it attends to.
+            texts: those of the micro-batch.
+            rows: which of them.
+            seen: of each, how many of its first tokens any token of it attends to.
             attention: transformers' name of an attention that takes a mask.
         """
-        ids = np.array(rows, dtype=np.int64)
+        ids = np.array([texts[row] for row in rows], dtype=np.int64)
         mask = (np.arange(ids.shape[1]) < np.array(seen)[:, None]).astype(np.int64)
         self.module.set_attn_implementation(attention)  # type: ignore[operator]  # transformers' own
         try:

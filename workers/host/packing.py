@@ -40,15 +40,16 @@ class Pass:
         return self.groups[-1].length
 
 
-def plan(lengths: Sequence[int], *, pass_tokens: int, padded: bool) -> list[Pass]:
+def plan(lengths: Sequence[int], *, pass_tokens: int, padded: bool, places: Sequence[int] | None = None) -> list[Pass]:
     """Lay texts out over as few passes as hold ``pass_tokens`` each; a longer text has a pass of its own.
 
     Args:
-        lengths: tokens of each text, at least 1.
+        lengths: tokens of each text of the micro-batch, at least 1.
         pass_tokens: the budget of a pass, in tokens; with ``padded`` the padding counts.
         padded: whether a pass is padded to its longest text.
+        places: which texts are run; None: all.
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = sorted(range(len(lengths)) if places is None else places, key=lengths.__getitem__)
     passes: list[Pass] = []
     rows: list[int] = []
     tokens = 0

@@ -16,6 +16,7 @@ from peft import PeftModel, set_peft_model_state_dict
 
 from common.logs import get_logger
 from workers.host.adapted import AdaptedLinear, UndividedError
+from workers.host.adapted_model import AdaptedModel
 from workers.host.adapter_files import AdapterFiles, read_adapter, refusal
 from workers.host.families.protocol import Model
 
@@ -27,18 +28,18 @@ class Rack:
 
     Args:
         module: the base's; its linear layers are what adapters can be put on.
-        sibling: makes the model that runs a module with adapters as the family runs the base's.
-        mixes: whether that model runs requests for different adapters in one forward pass.
+        on: makes the model that runs a module with adapters as the base runs its own.
+
+    Attributes:
+        mixes: whether that model runs requests for different adapters in one forward pass; so until found otherwise.
     """
 
-    def __init__(
-        self, module: torch.nn.Module, sibling: Callable[[torch.nn.Module, "Rack"], Model], *, mixes: bool
-    ) -> None:
-        self.mixes = mixes
+    def __init__(self, module: torch.nn.Module, on: Callable[[torch.nn.Module], Model]) -> None:
+        self.mixes = True
         self.is_closed = False
         self._lock = Lock()
         self._base: torch.nn.Module | None = module
-        self._make_sibling = sibling
+        self._on = on
         self._peft: Any = None
         self._model: Model | None = None
 
@@ -76,17 +77,6 @@ class Rack:
         with self._lock:
             self._take(name)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Keep what hangs as it is for the length of a run. What cannot be mixed is not tried again."""
-        with self._lock:
-            try:
-                yield
-            except UndividedError as error:
-                log.warning("adapters_run_apart", model=type(self._base).__name__, reason=str(error))
-                self.mixes = False
-                raise
-
     def close(self) -> None:
         """The base leaves, and all adapters with it."""
         self.is_closed = True
@@ -102,13 +92,24 @@ class Rack:
             self._peft = PeftModel(
                 module, config, adapter_name=name, low_cpu_mem_usage=True, autocast_adapter_dtype=False
             )
-            self._model = self._make_sibling(module, self)
+            self._model = AdaptedModel(self._on(module), self._running)
         else:
             self._peft.add_adapter(name, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         tensors = {key: tensor.to(self._weight(files.module_of(key))) for key, tensor in files.tensors.items()}
         set_peft_model_state_dict(self._peft, tensors, adapter_name=name, low_cpu_mem_usage=True)
         self._check_whole(name, len(tensors))
         self._peft.base_model.set_adapter([])  # which is active for peft does not matter: passes say whose they are
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Keep what hangs as it is for the length of a run. What cannot be mixed is not tried again."""
+        with self._lock:
+            try:
+                yield
+            except UndividedError as error:
+                log.warning("adapters_run_apart", model=type(self._base).__name__, reason=str(error))
+                self.mixes = False
+                raise
 
     def _weight(self, module: str) -> torch.Tensor:
         """The weight of a layer of the base: what its adapters are to be like."""

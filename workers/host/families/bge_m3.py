@@ -22,6 +22,7 @@ from tasks import scores
 from tasks.messages import Request
 from workers.host.encoder import bytes_of
 from workers.host.families import results
+from workers.host.families.adaptable import Adaptable, like
 from workers.host.families.dense_folder import Folder, read_json, refusal, with_settings
 from workers.host.families.kept_folders import Recent, estimate_bytes
 from workers.host.families.multivector import Vectors, unit_rows
@@ -111,7 +112,7 @@ class Heads(torch.nn.Module):
         ]
 
 
-class BgeM3Model:
+class BgeM3Model(Adaptable):
     """One loaded model."""
 
     def __init__(self, spec: ModelSpec, kept: _Kept, opened: Opened, runner: TokenEncoder, heads: Heads) -> None:
@@ -143,8 +144,18 @@ class BgeM3Model:
         """Write what each request asked for, or the ranking of its items."""
         return [part.error or self._answer(prepared, part, raw[part.rows]) for part in prepared.parts]
 
+    @property
+    def module(self) -> torch.nn.Module:
+        """The encoder; the heads take no adapters."""
+        return self._opened.module
+
+    def on(self, module: torch.nn.Module) -> "BgeM3Model":
+        """One that encodes with another module."""
+        return like(self, _runner=self._runner.on(module))
+
     def close(self) -> None:
         """Let the weights go."""
+        super().close()
         del self._runner
         del self._heads
         self._opened.close()

@@ -6,9 +6,8 @@ How a module comes onto the device, and is found to run best, is for ``opening``
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -23,6 +22,7 @@ from tasks.messages import Request
 from workers.host import linears
 from workers.host.encoder import Encoder, Layout, bytes_of, encoder
 from workers.host.families import results
+from workers.host.families.adaptable import Adaptable, like
 from workers.host.families.dense_folder import POOLINGS, Folder, read_folder, refusal
 from workers.host.families.dense_prompts import wording
 from workers.host.families.kept_folders import Recent, estimate_bytes
@@ -32,9 +32,6 @@ from workers.host.families.protocol import Device
 from workers.host.families.shared_tokenizers import SharedTokenizers
 from workers.host.families.text_folder import longest_text
 from workers.host.packing import Pass, plan
-
-if TYPE_CHECKING:
-    from workers.host.rack import Rack
 
 LINEAR_ACTIVATIONS: Final = {
     "Identity": torch.nn.Identity,
@@ -68,14 +65,14 @@ class _Texts:
 class PreparedTexts:
     """A tokenised micro-batch, laid out over passes."""
 
-    requests: tuple[_Texts, ...]
+    parts: tuple[_Texts, ...]
     pooling: str
     ids: list[list[int]]
     passes: list[Pass]
     request_tokens: tuple[int, ...]
 
 
-class DenseModel:
+class DenseModel(Adaptable):
     """One loaded encoder."""
 
     def __init__(
@@ -115,7 +112,7 @@ class DenseModel:
         plain = raw.numpy()
         finite = torch.isfinite(raw).all(dim=-1).numpy() if len(raw) else None
         answers: list[bytes | FarmError] = []
-        for part in prepared.requests:
+        for part in prepared.parts:
             if part.error is not None:
                 answers.append(part.error)
                 continue
@@ -137,18 +134,20 @@ class DenseModel:
         """Compute with packed weights from now on, if that is quicker here."""
         return linears.pack(self._encoder.module)
 
-    @cached_property
-    def rack(self) -> "Rack":
-        """What its adapters hang on; peft is imported with the first."""
-        from workers.host.families.dense_adapted import AdaptedDense
-        from workers.host.rack import Rack
+    @property
+    def module(self) -> torch.nn.Module:
+        """The encoder; the layers after the pooling take no adapters."""
+        return self._encoder.module
 
-        return Rack(self._encoder.module, partial(AdaptedDense, self), mixes=True)
+    def on(self, module: torch.nn.Module) -> "DenseModel":
+        """One that encodes with another module."""
+        from workers.host.adapted_encoder import with_adapters
+
+        return like(self, _encoder=with_adapters(self._encoder, module))
 
     def close(self) -> None:
         """Let the weights go and keep the skeleton."""
-        if "rack" in self.__dict__:
-            self.rack.close()
+        super().close()
         self._encoder = None  # type: ignore[assignment]  # it runs no more
         self._opened.close()
 

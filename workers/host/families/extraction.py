@@ -141,9 +141,14 @@ class _Part:
     texts: tuple[_Text, ...] = ()
     error: FarmError | None = None
 
+    @property
+    def rows(self) -> slice:
+        """Where the rows of its texts stand, one text's after the other's."""
+        return slice(self.texts[0].rows.start, self.texts[-1].rows.stop) if self.texts else slice(0, 0)
+
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
+class RowPass:
     """Rows that run together, by their places in the micro-batch."""
 
     places: tuple[int, ...]
@@ -156,7 +161,7 @@ class PreparedRows:
 
     parts: tuple[_Part, ...]
     rows: list[Row]
-    passes: list[_Pass] = field(default_factory=list)
+    passes: list[RowPass] = field(default_factory=list)
 
     @property
     def request_tokens(self) -> tuple[int, ...]:
@@ -188,7 +193,7 @@ class ExtractModel:
         said: list[Any] = [None] * len(prepared.rows)
         with torch.inference_mode():
             for one in prepared.passes:
-                for place, answer in zip(one.places, self._extractor.run(one.batch), strict=True):
+                for place, answer in zip(one.places, self._run_pass(one), strict=True):
                     said[place] = answer
         return said
 
@@ -199,6 +204,9 @@ class ExtractModel:
     def close(self) -> None:
         """Let the weights go."""
         self._extractor = None  # type: ignore[assignment]  # a closed model runs no more
+
+    def _run_pass(self, one: RowPass) -> Sequence[Any]:
+        return self._extractor.run(one.batch)
 
     def _read(self, request: Request, rows: list[Row]) -> _Part:
         """Append a request's rows; one that cannot be asked gets its error alone."""
@@ -221,7 +229,7 @@ class ExtractModel:
             return _Text(text, slice(start, start), error)
         return _Text(text, slice(start, len(rows)))
 
-    def _passes(self, rows: Sequence[Row]) -> list[_Pass]:
+    def _passes(self, rows: Sequence[Row]) -> list[RowPass]:
         groups: dict[Hashable, list[int]] = {}
         for place, row in enumerate(rows):
             groups.setdefault(row.group, []).append(place)
@@ -229,7 +237,7 @@ class ExtractModel:
         for places in groups.values():
             for one in plan([rows[place].tokens for place in places], pass_tokens=self._pass_tokens, padded=True):
                 chosen = tuple(places[at] for at in one.rows)
-                found.append(_Pass(chosen, self._extractor.collate([rows[place] for place in chosen])))
+                found.append(RowPass(chosen, self._extractor.collate([rows[place] for place in chosen])))
         return found
 
     def _answer(self, part: _Part, rows: list[Row], said: list[Any]) -> bytes | FarmError:

@@ -20,6 +20,7 @@ from tasks import scores
 from tasks.messages import Request
 from workers.host.encoder import bytes_of
 from workers.host.families import results
+from workers.host.families.adaptable import Adaptable, like
 from workers.host.families.dense_folder import refusal
 from workers.host.families.kept_folders import Recent, estimate_bytes
 from workers.host.families.multivector_folder import MultivectorFolder, read_multivector_folder
@@ -79,19 +80,20 @@ class TokenVectors:
     def of(self, texts: Sequence[Tokens]) -> list[Vectors]:
         """Vectors ``[T, D]`` of each text, of the tokens whose vectors count, in order; not normalised."""
         found: dict[int, Vectors] = {}
+        ids = [text.ids for text in texts]
         whole = [place for place, text in enumerate(texts) if text.seen == len(text.ids)]
-        ids = [texts[place].ids for place in whole]
         with torch.inference_mode():
-            for one in self._runner.passes([len(row) for row in ids]):
-                blocks = list(self._runner.states(ids, one))
-                places = [whole[row] for rows, _ in blocks for row in rows]
-                self._put(found, texts, places, torch.cat([block.flatten(0, 1) for _, block in blocks]))
+            for one in self._runner.passes([len(row) for row in ids], whole):
+                blocks = [block.flatten(0, 1) for _, block in self._runner.states(ids, one)]
+                self._put(found, texts, one.rows, torch.cat(blocks))
             for places in self._partly_seen(texts):
-                states = self._runner.partly_seen(
-                    [texts[place].ids for place in places], [texts[place].seen for place in places]
-                )
+                states = self._runner.partly_seen(ids, places, [texts[place].seen for place in places])
                 self._put(found, texts, places, states.flatten(0, 1))
         return [found[place] for place in range(len(texts))]
+
+    def on(self, module: torch.nn.Module) -> "TokenVectors":
+        """The same layers over a module with adapters."""
+        return TokenVectors(self._runner.on(module), self._layers)
 
     def _put(
         self, found: dict[int, Vectors], texts: Sequence[Tokens], places: Sequence[int], states: torch.Tensor
@@ -104,13 +106,13 @@ class TokenVectors:
             found[place] = vectors[start:end][texts[place].kept]
             start = end
 
-    def _partly_seen(self, texts: Sequence[Tokens]) -> list[list[int]]:
+    def _partly_seen(self, texts: Sequence[Tokens]) -> list[tuple[int, ...]]:
         """Places of the filled-up texts of each pass; all of a pass have one length."""
         filled = [place for place, text in enumerate(texts) if text.seen < len(text.ids)]
-        lengths = [len(texts[place].ids) for place in filled]
-        passes = plan(lengths, pass_tokens=self._runner.pass_tokens, padded=True)
+        lengths = [len(text.ids) for text in texts]
+        passes = plan(lengths, pass_tokens=self._runner.pass_tokens, padded=True, places=filled)
         return [
-            [filled[row] for row in one.rows[first : first + group.count]]
+            one.rows[first : first + group.count]
             for one in passes
             for first, group in zip(_firsts(one.groups), one.groups, strict=True)
         ]
@@ -121,7 +123,7 @@ def _firsts(groups: Sequence[Any]) -> list[int]:
     return [sum(counts[:at]) for at in range(len(counts))]
 
 
-class MultivectorModel:
+class MultivectorModel(Adaptable):
     """One loaded late-interaction encoder."""
 
     def __init__(
@@ -155,8 +157,18 @@ class MultivectorModel:
             for part in prepared.parts
         ]
 
+    @property
+    def module(self) -> torch.nn.Module:
+        """The encoder; the projection takes no adapters."""
+        return self._opened.module
+
+    def on(self, module: torch.nn.Module) -> "MultivectorModel":
+        """One that encodes with another module."""
+        return like(self, _vectors=self._vectors.on(module))
+
     def close(self) -> None:
         """Let the weights go."""
+        super().close()
         del self._vectors
         self._opened.close()
 

@@ -24,8 +24,8 @@ from workers.host.families.extraction import (
     check_options,
     check_takes_no,
 )
+from workers.host.families.extraction_head import HeadExtractModel, HeadExtractor
 from workers.host.families.heads import Head, load_head, weights_bytes
-from workers.host.families.padding import pad
 from workers.host.families.protocol import Device
 
 SLOT: Final = "{}"
@@ -41,20 +41,13 @@ class _Ask:
     truncate: bool
 
 
-class EntailmentClassifier:
+class EntailmentClassifier(HeadExtractor):
     """One loaded model: a row is the pair of a text and one hypothesis."""
 
     def __init__(self, spec: ModelSpec, head: Head, device: Device) -> None:
-        self._spec = spec
-        self._head = head
-        self._device = device.name
+        super().__init__(spec, head, device)
         self._entailment = _entailment(head.module.config.label2id)
         self._contradiction = -1 if self._entailment == 0 else 0  # as transformers' own pipeline takes them
-
-    @property
-    def module(self) -> torch.nn.Module:
-        module: torch.nn.Module = self._head.module
-        return module
 
     def ask(self, request: Request, options: Options) -> _Ask:
         check_takes_no(self._spec, request, "output_schema", "instruction")
@@ -84,13 +77,6 @@ class EntailmentClassifier:
         rows = [{name: values[at] for name, values in encoded.items()} for at in range(len(ask.hypotheses))]
         check_length(self._spec, max(len(row["input_ids"]) for row in rows), longest)
         return [Row(row, len(row["input_ids"])) for row in rows]
-
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return pad([row.inputs for row in rows], self._head.tokenizer)
-
-    def run(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        logits = self._head.module(**{name: tensor.to(self._device) for name, tensor in batch.items()}).logits
-        return list(logits.float().cpu())
 
     def found(self, text: str, ask: _Ask, rows: Sequence[Row], said: Sequence[torch.Tensor]) -> Found:  # noqa: ARG002
         """Labels with their probabilities, the likeliest first: each on its own, or one among all."""
@@ -123,7 +109,7 @@ class NliFamily:
         head = load_head(AutoModelForSequenceClassification, spec, files, device)
         classifier = EntailmentClassifier(spec, head, device)
         check_options(spec, classifier)
-        return ExtractModel(spec, classifier, pass_tokens=device.pass_tokens)
+        return HeadExtractModel(spec, classifier, pass_tokens=device.pass_tokens)
 
 
 def _entailment(labels: dict[str, Any]) -> int:

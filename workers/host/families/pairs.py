@@ -6,8 +6,7 @@ into passes. How a pair is worded is a ``Reader``'s, how a pass is run a ``Runne
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,10 +15,8 @@ from config_db.spec import ModelSpec
 from tasks import scores
 from tasks.messages import Request
 from workers.host.families import results
+from workers.host.families.adaptable import Adaptable, like
 from workers.host.packing import Pass, plan
-
-if TYPE_CHECKING:
-    from workers.host.rack import Rack
 
 
 class Tokens(NamedTuple):
@@ -79,7 +76,7 @@ class PreparedPairs:
     request_tokens: tuple[int, ...]
 
 
-class PairModel:
+class PairModel(Adaptable):
     """One loaded model that scores pairs.
 
     Args:
@@ -117,18 +114,20 @@ class PairModel:
         """The ranking of each request."""
         return [part.error or self._ranking(part.request, raw[part.rows]) for part in prepared.parts]
 
-    @cached_property
-    def rack(self) -> "Rack":
-        """What its adapters hang on; peft is imported with the first."""
-        from workers.host.families.pairs_adapted import AdaptedPairs
-        from workers.host.rack import Rack
+    @property
+    def module(self) -> torch.nn.Module:
+        """The whole one: its head takes adapters, too."""
+        return self._runner.module
 
-        return Rack(self._runner.module, partial(AdaptedPairs, self), mixes=True)
+    def on(self, module: torch.nn.Module) -> "PairModel":
+        """One that scores with another module."""
+        from workers.host.families.pairs_adapted import AdaptedRunner
+
+        return like(self, _runner=AdaptedRunner(self._runner.on(module), next(module.parameters()).device))
 
     def close(self) -> None:
         """Let the weights go."""
-        if "rack" in self.__dict__:
-            self.rack.close()
+        super().close()
         self._runner.close()
 
     def _ranking(self, request: Request, found: torch.Tensor) -> bytes | FarmError:

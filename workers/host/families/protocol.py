@@ -47,7 +47,7 @@ class Prepared(Protocol):
 
 
 class Model(Protocol):
-    """One loaded model. One that takes adapters also has a ``rack`` (``workers.host.rack``) to hang them on."""
+    """One loaded model. One that takes adapters is ``Adaptable`` (``workers.host.families.adaptable``), too."""
 
     @property
     def bytes(self) -> int:

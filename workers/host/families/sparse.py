@@ -24,6 +24,7 @@ from config_db.spec import ModelSpec
 from tasks.messages import Request
 from workers.host.encoder import bytes_of
 from workers.host.families import results
+from workers.host.families.adaptable import Adaptable, like
 from workers.host.families.dense_folder import UNBOUNDED, read_json, refusal
 from workers.host.families.kept_folders import Recent, estimate_bytes
 from workers.host.families.opening import Opened, Openings, Verdict
@@ -79,11 +80,10 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class PreparedTexts:
-    """A tokenised micro-batch: ``ids`` of all texts; ``encoded`` and ``looked_up`` say which go which way."""
+    """A tokenised micro-batch: ``ids`` of all texts, of which some are ``looked_up``, and the others run in passes."""
 
     parts: tuple[Part, ...]
     ids: list[list[int]]
-    encoded: list[int]
     looked_up: list[int]
     passes: list[Pass]
     request_tokens: tuple[int, ...]
@@ -117,6 +117,14 @@ class _Given(torch.nn.Module):
         return BaseModelOutput(last_hidden_state=self.states)  # type: ignore[arg-type]  # any tensor will do
 
 
+class States(NamedTuple):
+    """The states ``[tokens, width]`` of a pass's texts, side by side: who they are, and where each ends."""
+
+    places: list[int]
+    ends: list[int]
+    states: torch.Tensor
+
+
 class Splade:
     """The documents' way: an encoder, the head over the vocabulary, and the pooling over a text's tokens."""
 
@@ -124,7 +132,7 @@ class Splade:
         self.encoder = runner
         self._head = Head(module)
         self._folder = folder
-        self._most_tokens = max(1, LOGITS // vocabulary_size(module))
+        self.piece_tokens = max(1, LOGITS // vocabulary_size(module))
 
     def weights(self, ids: Sequence[Sequence[int]], passes: Sequence[Pass]) -> dict[int, Weights]:
         """The weights of texts, by their places in ``ids``."""
@@ -141,11 +149,11 @@ class Splade:
         for rows, block in self.encoder.states(ids, one):
             places += rows
             states.append(block.reshape(-1, block.shape[-1]))
-        flat = torch.cat(states)
         ends = [int(end) for end in np.cumsum([len(ids[place]) for place in places])]
+        texts = States(places, ends, torch.cat(states))
         row, begin, begun = 0, 0, None
-        for start in range(0, len(flat), self._most_tokens):
-            logits = self._activated(self._head.logits(flat[start : start + self._most_tokens]))
+        for start in range(0, ends[-1], self.piece_tokens):
+            logits = self._activated(self._logits(texts, start))
             whole: list[torch.Tensor] = []
             first = row
             while row < len(places) and begin < start + len(logits):
@@ -158,6 +166,10 @@ class Splade:
                 row, begin, begun = row + 1, ends[row], None
             if whole:
                 yield places[first:row], self._finished(torch.stack(whole))
+
+    def _logits(self, texts: States, start: int) -> torch.Tensor:
+        """Logits of the piece that begins with token ``start``."""
+        return self._head.logits(texts.states[start : start + self.piece_tokens])
 
     def _activated(self, logits: torch.Tensor) -> torch.Tensor:
         """What is pooled: for the maximum the logits themselves, as what follows keeps their order."""
@@ -174,7 +186,7 @@ class Splade:
         return weights.log1p_() if self._folder.activation == "log1p_relu" else weights
 
 
-class SparseModel:
+class SparseModel(Adaptable):
     """One loaded sparse encoder."""
 
     def __init__(self, spec: ModelSpec, kept: _Kept, opened: Opened, runner: TokenEncoder) -> None:
@@ -205,17 +217,14 @@ class SparseModel:
             tokens = table.tokenizer.encode_batch_fast(queries, add_special_tokens=False)
             for place, encoding in zip(looked_up, tokens, strict=True):
                 ids[place] = encoding.ids
-        lengths = [len(ids[place]) for place in encoded]
-        counts = tuple(sum(len(one) for one in ids[part.rows]) for part in parts)
-        return PreparedTexts(tuple(parts), ids, encoded, looked_up, self._splade.encoder.passes(lengths), counts)
+        lengths = [len(one) for one in ids]
+        counts = tuple(sum(lengths[part.rows]) for part in parts)
+        return PreparedTexts(tuple(parts), ids, looked_up, self._splade.encoder.passes(lengths, encoded), counts)
 
     def run(self, prepared: PreparedTexts) -> list[Weights]:
         """The weights of every text, in order."""
-        found: dict[int, Weights] = {}
-        if prepared.passes:
-            with torch.inference_mode():
-                rows = self._splade.weights([prepared.ids[place] for place in prepared.encoded], prepared.passes)
-            found = {prepared.encoded[row]: weights for row, weights in rows.items()}
+        with torch.inference_mode():
+            found = self._splade.weights(prepared.ids, prepared.passes)
         for place in prepared.looked_up:
             assert self._kept.table is not None  # nothing is looked up without one
             found[place] = self._kept.table.look_up(prepared.ids[place])
@@ -225,8 +234,21 @@ class SparseModel:
         """Write each request's weights as it asked for them."""
         return [part.error or self._answer(part, raw[part.rows]) for part in prepared.parts]
 
+    @property
+    def module(self) -> torch.nn.Module:
+        """The whole one: its head takes adapters, too."""
+        return self._opened.module
+
+    def on(self, module: torch.nn.Module) -> "SparseModel":
+        """One that encodes with another module; what is looked up runs none."""
+        from workers.host.families.sparse_adapted import AdaptedSplade
+
+        splade = AdaptedSplade(module, self._splade.encoder.on(_base(module)), self._kept.folder)
+        return like(self, _splade=splade)
+
     def close(self) -> None:
         """Let the weights go."""
+        super().close()
         del self._splade
         self._opened.close()
 

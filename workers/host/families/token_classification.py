@@ -24,8 +24,8 @@ from workers.host.families.extraction import (
     check_takes_no,
     entity,
 )
+from workers.host.families.extraction_head import HeadExtractModel, HeadExtractor
 from workers.host.families.heads import Head, load_head, weights_bytes
-from workers.host.families.padding import pad
 from workers.host.families.protocol import Device
 
 STRATEGIES: Final = tuple(one.value for one in AggregationStrategy)
@@ -41,23 +41,16 @@ class _Ask:
     stride: int | None
 
 
-class TokenClassifier:
+class TokenClassifier(HeadExtractor):
     """One loaded model; ``labels`` of a request keep the entities of these, without B- and I-."""
 
     def __init__(self, spec: ModelSpec, head: Head, device: Device) -> None:
-        self._spec = spec
-        self._head = head
-        self._device = device.name
+        super().__init__(spec, head, device)
         self._pipeline: Any = TokenClassificationPipeline(  # type: ignore[no-untyped-call]  # transformers' own
             model=head.module, tokenizer=head.tokenizer, device=torch.device(device.name)
         )
         self._known = {label.split("-", 1)[-1] for label in head.module.config.id2label.values()} - {OUTSIDE}
         self._special = head.tokenizer.num_special_tokens_to_add()
-
-    @property
-    def module(self) -> torch.nn.Module:
-        module: torch.nn.Module = self._head.module
-        return module
 
     def ask(self, request: Request, options: Options) -> _Ask:
         check_takes_no(self._spec, request, "output_schema", "instruction")
@@ -86,13 +79,6 @@ class TokenClassifier:
         parts = [encoded] if not (windows and cut) else _windows(encoded)
         check_length(self._spec, len(parts[0]["input_ids"]), longest)
         return [Row(part, len(part["input_ids"])) for part in parts]
-
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return pad([row.inputs for row in rows], self._head.tokenizer)
-
-    def run(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        logits = self._head.module(**{name: tensor.to(self._device) for name, tensor in batch.items()}).logits
-        return list(logits.float().cpu())
 
     def found(self, text: str, ask: _Ask, rows: Sequence[Row], said: Sequence[torch.Tensor]) -> Found:
         """What the pipeline makes of the logits, cut back to the row's own tokens."""
@@ -124,7 +110,7 @@ class TokenClassificationFamily:
     def load(self, spec: ModelSpec, files: Path, device: Device) -> ExtractModel:
         classifier = TokenClassifier(spec, load_head(AutoModelForTokenClassification, spec, files, device), device)
         check_options(spec, classifier)
-        return ExtractModel(spec, classifier, pass_tokens=device.pass_tokens)
+        return HeadExtractModel(spec, classifier, pass_tokens=device.pass_tokens)
 
 
 def _windows(encoded: Any) -> list[dict[str, list[Any]]]:

@@ -8,6 +8,7 @@ import torch
 
 from config_db.spec import ModelSpec
 from workers.host.encoder import Encoder, Layout, encoder, plain_layout
+from workers.host.families.adaptable import like
 from workers.host.families.opening import Opening, whole
 from workers.host.families.passes import pass_budget
 from workers.host.families.protocol import Device
@@ -32,9 +33,9 @@ class TokenEncoder:
         """Whether texts stand side by side, without padding."""
         return self._encoder.layout.packed
 
-    def passes(self, lengths: Sequence[int]) -> list[Pass]:
-        """The passes for texts of these lengths."""
-        return plan(lengths, pass_tokens=self.pass_tokens, padded=not self.is_packed)
+    def passes(self, lengths: Sequence[int], places: Sequence[int] | None = None) -> list[Pass]:
+        """The passes for texts of these lengths, or for those of them that stand at ``places``."""
+        return plan(lengths, pass_tokens=self.pass_tokens, padded=not self.is_packed, places=places)
 
     def states(self, ids: Sequence[Sequence[int]], one: Pass) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         """The states of a pass, ``[count, length, width]``, with the places of these texts; real tokens only."""
@@ -43,9 +44,15 @@ class TokenEncoder:
             yield one.rows[first : first + group.count], states
             first += group.count
 
-    def partly_seen(self, ids: Sequence[Sequence[int]], seen: Sequence[int]) -> torch.Tensor:
+    def partly_seen(self, ids: Sequence[Sequence[int]], places: Sequence[int], seen: Sequence[int]) -> torch.Tensor:
         """States ``[count, length, width]`` of texts of equal length, of which only the first tokens are seen."""
-        return self._encoder.partly_seen(ids, seen, self._plain.attention)
+        return self._encoder.partly_seen(ids, places, seen, self._plain.attention)
+
+    def on(self, module: torch.nn.Module) -> "TokenEncoder":
+        """One that runs a module with adapters in the same way."""
+        from workers.host.adapted_encoder import with_adapters
+
+        return like(self, _encoder=with_adapters(self._encoder, module))
 
 
 def vocabulary_size(module: torch.nn.Module) -> int:
