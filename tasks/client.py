@@ -14,7 +14,7 @@ from common.errors import QueueUnavailableError
 from tasks import demand, following, names, once, submitting, web_processes
 from tasks.connections import Connections
 from tasks.demand import Demand, Wait
-from tasks.live_workers import WorkerView, live_workers, queue_lengths
+from tasks.live_workers import WorkerView, live_workers, open_requests, queue_lengths
 from tasks.messages import Outcome
 from tasks.objects import ObjectStore
 from tasks.once import Once, Submitted
@@ -131,6 +131,10 @@ class FarmClient:
     def queue_lengths(self, queues: Collection[str]) -> dict[str, int]:
         """Messages that wait in each of these; QueueUnavailableError if Redis does not answer."""
         return queue_lengths(self._ready(), queues)
+
+    def open_requests(self, models: Collection[str]) -> dict[str, int]:
+        """Requests of each model, its profiles' included, without an outcome; QueueUnavailableError as above."""
+        return open_requests(self._ready(), models)
 
     def record_demand(self, *, pool: str, machine_profile: str, model: str, default_start_s: float) -> Wait:
         """Count a request that found no worker at this place; ``tasks.demand.record``.
