@@ -14,7 +14,7 @@ from common.errors import QueueUnavailableError
 from tasks import demand, following, names, once, submitting, web_processes
 from tasks.connections import Connections
 from tasks.demand import Demand, Wait
-from tasks.live_workers import WorkerView, live_workers, queue_lengths
+from tasks.live_workers import WorkerView, live_workers, open_requests, queue_lengths
 from tasks.messages import Outcome
 from tasks.objects import ObjectStore
 from tasks.once import Once, Submitted
@@ -96,9 +96,25 @@ class FarmClient:
         self.requests += 1
         return once.run_once(self._ready(), call, use)
 
-    def is_taken(self, use: Once) -> bool:
-        """Whether a request was published under this idempotency key; QueueUnavailableError as ``submit``."""
-        return once.is_taken(self._ready(), use)
+    def find_once(self, use: Once, *, tenant: str) -> str | None:
+        """The task that stands under an idempotency key; None if there is none.
+
+        Raises:
+            IdempotencyError: the key was used for another request.
+            QueueUnavailableError: Redis does not answer.
+        """
+        task_id = once.find(self._ready(), use, tenant=tenant)
+        self.requests += task_id is not None
+        return task_id
+
+    def await_once(self, task_id: str, *, tenant: str, timeout_s: float) -> Outcome:
+        """The outcome of a task that ``find_once`` has found.
+
+        Raises:
+            DeadlineExceededError: this caller's time is up, while the task goes on.
+            TaskNotFoundError: it has been forgotten just now.
+        """
+        return once.await_outcome(self._ready(), task_id, tenant=tenant, timeout_s=timeout_s)
 
     def task(self, task_id: str, *, tenant: str = DEFAULT_TENANT, wait_s: float = 0.0) -> TaskView:
         """What has become of an asynchronous task; waits up to ``wait_s`` for it to end.
@@ -131,6 +147,10 @@ class FarmClient:
     def queue_lengths(self, queues: Collection[str]) -> dict[str, int]:
         """Messages that wait in each of these; QueueUnavailableError if Redis does not answer."""
         return queue_lengths(self._ready(), queues)
+
+    def open_requests(self, models: Collection[str]) -> dict[str, int]:
+        """Requests of each model, its profiles' included, without an outcome; QueueUnavailableError as above."""
+        return open_requests(self._ready(), models)
 
     def record_demand(self, *, pool: str, machine_profile: str, model: str, default_start_s: float) -> Wait:
         """Count a request that found no worker at this place; ``tasks.demand.record``.

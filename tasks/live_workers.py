@@ -1,4 +1,4 @@
-"""The workers that live now, as they tell of themselves in Redis, and what waits in their queues."""
+"""The workers that live now, as they tell of themselves in Redis, and what is open: in queues, and of models."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +28,8 @@ class WorkerView:
 
     ``epoch`` and ``epoch_id`` are those of the config it serves; a worker of an earlier release tells no id.
     ``request_s`` is what a request takes one of its ``hosts``, in seconds, by queue, while it has more to do than they
-    can; ``weights`` those of the tenants that wait in each lane, added up. ``gpus`` are the
+    can; ``weights`` those of the tenants that wait in each lane, added up. ``running`` counts the requests that its
+    hosts have, by model, of those that were admitted; a worker of an earlier release does not tell. ``gpus`` are the
     devices its hosts run on without the CPU; memory is that of models.
     """
 
@@ -45,6 +46,7 @@ class WorkerView:
     hosts: int = 0
     request_s: Mapping[str, float] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    running: Mapping[str, int] = field(default_factory=dict)
     gpus: int = 0
     memory_used_bytes: int = 0
     memory_total_bytes: int = 0
@@ -65,6 +67,7 @@ class _Told(msgspec.Struct):
     hosts: int = 0
     request_s: dict[str, float] = msgspec.field(default_factory=dict)
     weights: dict[str, float] = msgspec.field(default_factory=dict)
+    running: dict[str, int] = msgspec.field(default_factory=dict)
     gpus: int = 0
     memory_used_bytes: int = 0
     memory_total_bytes: int = 0
@@ -81,6 +84,9 @@ class Asks(Protocol):
     def ask_many(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Several commands in one packet; QueueUnavailableError if they are not answered."""
 
+    def script(self, name: str, keys: list[str], arguments: list[Any]) -> Any:
+        """Run one of the farm's Lua scripts; QueueUnavailableError if it is not answered."""
+
 
 def live_workers(connections: Asks) -> list[WorkerView]:
     """The workers whose heartbeat is there; QueueUnavailableError if Redis does not answer."""
@@ -94,6 +100,12 @@ def queue_lengths(connections: Asks, queues: Collection[str]) -> dict[str, int]:
     """Messages that wait in each queue; QueueUnavailableError if Redis does not answer."""
     lengths = connections.ask_many(*(("LLEN", queue) for queue in queues)) if queues else []
     return dict(zip(queues, lengths, strict=True))
+
+
+def open_requests(connections: Asks, models: Collection[str]) -> dict[str, int]:
+    """Requests of each model that are open, waiting or running; QueueUnavailableError if Redis does not answer."""
+    sets = [names.OPEN_BY_MODEL + model for model in models]
+    return dict(zip(models, connections.script("count_open", sets, []), strict=True)) if sets else {}
 
 
 def _worker(incarnation: str, text: bytes) -> WorkerView | None:
@@ -116,6 +128,7 @@ def _worker(incarnation: str, text: bytes) -> WorkerView | None:
         hosts=told.hosts,
         request_s=told.request_s,
         weights=told.weights,
+        running=told.running,
         gpus=told.gpus,
         memory_used_bytes=told.memory_used_bytes,
         memory_total_bytes=told.memory_total_bytes,

@@ -122,8 +122,13 @@ def slots(model: str, tenant: str, queue: str) -> tuple[str, str, str]:
 
     A profile counts as its model.
     """
-    base = model.partition(":")[0]
+    base = base_model(model)
     return OPEN_BY_MODEL + base, f"{OPEN_BY_TENANT}{tenant}:{lane_of(queue)}", OPEN_BY_QUEUE + queue
+
+
+def base_model(model: str) -> str:
+    """The model that a name is counted under, which may be that of a profile."""
+    return model.partition(":")[0]
 
 
 def token_clock(tenant: str) -> str:

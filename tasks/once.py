@@ -8,6 +8,11 @@ a task that was published. States of a key:
   taken     whoever comes with the same request waits for the same task; with another one it is refused
   answered  the task has ended for good; its outcome is given to whoever comes, for a day
 
+Whoever comes with the same request is given what stands before anything is asked of the model: what was admitted once
+is not admitted again, and a model that has changed, moved or gone since takes no outcome back. So it is with a tenant
+that may not use the model any more: the outcome was computed for it, and is its own, as that of a task under its id.
+Who asks, and for which tenant, the door has seen to before; whatever is to be computed anew passes all checks of today.
+
 A task ends for good when it succeeds and when another try would fail as well. Everything else (no capacity, a deadline
 that passed, cancelled, a model that could not be loaded) leaves the key to whoever comes next.
 
@@ -78,11 +83,7 @@ def submit_once(connections: Connections, call: Call, use: Once) -> Submitted:
         sent = publish(connections, call, once=f"{use.name} {use.fingerprint} {replaced}", keep_s=KEPT_S)
         if not sent.taken:
             return Submitted(sent.task_id, is_replayed=False)
-        fingerprint, _, task_id = sent.taken.partition(":")
-        if fingerprint != use.fingerprint:
-            raise IdempotencyError(
-                "the idempotency key was used for another request: take a new one", param="Idempotency-Key"
-            )
+        task_id = _task_of(sent.taken, use)
         if _stands(connections, task_id, call.tenant):
             return Submitted(task_id, is_replayed=True)
         replaced = sent.taken
@@ -98,16 +99,44 @@ def run_once(connections: Connections, call: Call, use: Once) -> tuple[Outcome, 
         DeadlineExceededError: this caller's time is up, while the first one's task goes on.
     """
     submitted = submit_once(connections, call, use)
-    wait_s = call.timeout_s + following.OVERDUE_GRACE_S + 1  # whoever waits settles what is overdue
-    view = following.follow(connections, submitted.task_id, tenant=call.tenant, wait_s=wait_s)
+    outcome = await_outcome(connections, submitted.task_id, tenant=call.tenant, timeout_s=call.timeout_s)
+    return outcome, submitted.is_replayed
+
+
+def find(connections: Connections, use: Once, *, tenant: str) -> str | None:
+    """The task that an earlier request has left under the key and that stands; None if there is none.
+
+    Raises:
+        IdempotencyError: the key was used for another request.
+    """
+    taken = connections.ask("GET", use.name)
+    if taken is None:
+        return None
+    task_id = _task_of(taken.decode(), use)
+    return task_id if _stands(connections, task_id, tenant) else None
+
+
+def await_outcome(connections: Connections, task_id: str, *, tenant: str, timeout_s: float) -> Outcome:
+    """The outcome of a task under a key.
+
+    Raises:
+        DeadlineExceededError: this caller's time is up, while the task goes on.
+    """
+    wait_s = timeout_s + following.OVERDUE_GRACE_S + 1  # whoever waits settles what is overdue
+    view = following.follow(connections, task_id, tenant=tenant, wait_s=wait_s)
     if view.outcome is None:
         raise DeadlineExceededError("the request goes on under its idempotency key: ask again with the same one")
-    return view.outcome, submitted.is_replayed
+    return view.outcome
 
 
-def is_taken(connections: Connections, use: Once) -> bool:
-    """Whether the key names a task; which one, and whether that is of use, is for ``submit_once`` to say."""
-    return bool(connections.ask("EXISTS", use.name))
+def _task_of(taken: str, use: Once) -> str:
+    """The task that a key names, by what stands there; IdempotencyError if that is another request's."""
+    fingerprint, _, task_id = taken.partition(":")
+    if fingerprint != use.fingerprint:
+        raise IdempotencyError(
+            "the idempotency key was used for another request: take a new one", param="Idempotency-Key"
+        )
+    return task_id
 
 
 def _stands(connections: Connections, task_id: str, tenant: str) -> bool:

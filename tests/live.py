@@ -33,6 +33,7 @@ from tasks.messages import Outcome, Request, Ticket
 from tasks.names import Lane, Operation, queue_name
 from tasks.publisher import Entry, publish_call
 from tests.services import spawn, wait_until
+from workers.farm import KOMBU_KEYS
 
 POOL, PROFILE = "default", "cpu"
 FAKE = "fake/a"
@@ -72,8 +73,9 @@ class LiveWorker:
         return any(told["pid"] == self.process.pid and told["alive"] and told["ready"] for told in found)
 
     def held(self) -> int:
-        """Unacknowledged messages of this worker."""
-        return int(self.farm.redis.hlen(names.unacked(self.incarnation)))
+        """Unacknowledged messages of this worker; on kombu's own transport, of all workers."""
+        records = KOMBU_KEYS[0] if self.farm.transport == "redis" else names.unacked(self.incarnation)
+        return int(self.farm.redis.hlen(records))
 
     def started(self) -> int:
         """Messages it has started to run and not settled."""
@@ -282,7 +284,7 @@ class LiveFarm:
         return {task_id: outcomes[0] for task_id, outcomes in found.items()}
 
     def _holds_nothing(self, incarnation: str) -> bool:
-        return not self.redis.hlen(names.unacked(incarnation))
+        return not self.redis.hlen(names.unacked(incarnation)) and not self.redis.hlen(KOMBU_KEYS[0])
 
     def close(self) -> None:
         """End every worker and prove that none of its processes is left."""

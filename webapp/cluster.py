@@ -3,7 +3,7 @@
 However many ask, Redis is asked once a second, and the text for a watcher is made once a second for each tenant.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,10 +33,11 @@ FRESH_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sight:
-    """What was there at one moment. ``lengths`` are messages by queue."""
+    """What was there at one moment. ``lengths`` are messages by queue, ``waiting`` open requests not begun by model."""
 
     workers: Sequence[WorkerView]
     lengths: Mapping[str, int]
+    waiting: Mapping[str, int]
     demands: Sequence[Demand]
     requests_per_s: float
     at: datetime
@@ -131,6 +132,7 @@ class Cluster:
         return Sight(
             workers=workers,
             lengths=self._client.queue_lengths({queue for worker in workers for queue in worker.queues}),
+            waiting=_waiting(self._client.open_requests(self._served().models), workers),
             demands=self._client.demands(),
             requests_per_s=sum(web.requests_per_s for web in self._client.web_processes()),
             at=datetime.now(UTC),
@@ -159,7 +161,7 @@ class Cluster:
             ),
             workers=workers,
             models=[
-                _model(spec, holders.get(spec.id, []), states.state(spec.digest))
+                _model(spec, holders.get(spec.id, []), states.state(spec.digest), sight.waiting)
                 for spec in sorted(specs, key=lambda one: one.id)
             ],
             demand=[_demand(one, served, viewer) for one in sight.demands if viewer.sees_pool(served, one.pool)],
@@ -172,6 +174,14 @@ class _Seen:
 
     sight: Sight
     texts: dict[Viewer, str] = field(default_factory=dict)
+
+
+def _waiting(open_requests: Mapping[str, int], workers: Iterable[WorkerView]) -> dict[str, int]:
+    """What is open of each model without what the workers last told to be at their hosts."""
+    running: Counter[str] = Counter()
+    for worker in workers:
+        running.update(worker.running)
+    return {model: max(0, count - running[model]) for model, count in open_requests.items()}
 
 
 def _sees_worker(viewer: Viewer, served: Snapshot, worker: WorkerView) -> bool:
@@ -195,12 +205,13 @@ def _worker(view: WorkerView, lengths: Mapping[str, int], name_of: Mapping[str, 
     )
 
 
-def _model(spec: ModelSpec, holders: Sequence[wire.Worker], state: State) -> wire.Model:
+def _model(spec: ModelSpec, holders: Sequence[wire.Worker], state: State, waiting: Mapping[str, int]) -> wire.Model:
     return wire.Model(
         name=spec.id,
         state=state,
         worker_count=len(holders),
         gpu_types=sorted({worker.gpu for worker in holders}),
+        total_queue_depth=waiting.get(names.base_model(spec.id), 0),
     )
 
 

@@ -32,28 +32,40 @@ def serve(operation: Operation, model: str, kind: type[B], admit: Admit[B]) -> R
     started_at = monotonic()
     here = farm()
     asynchronous = routing.is_async()
-    spec, epoch = _find(here, operation, model)
-    body = bodies.read(kind, max_bytes=here.settings.max_body_bytes)
-    call = _call(here, operation, spec, epoch, body, admit, asynchronous=asynchronous)
-    if asynchronous:
-        wait = None if provisioning.has_worker(here, call) else provisioning.ask_for_worker(here, call)
-        return answers.accepted(_submit(here, call), retry_after_s=None if wait is None else wait.retry_after_s)
-    outcome = _outcome(here, call)
+    use = _once(here)
+    task_id = None if use is None else _find_once(here, use)
+    if task_id is not None:
+        if asynchronous:
+            say_replayed()
+            return answers.accepted(task_id)
+        outcome = _await_once(here, task_id, model)
+    else:
+        spec, epoch = _find(here, operation, model)
+        body = bodies.read(kind, max_bytes=here.settings.max_body_bytes)
+        call = _call(here, operation, spec, epoch, body, admit, asynchronous=asynchronous)
+        if asynchronous:
+            wait = None if provisioning.has_worker(here, call) else provisioning.ask_for_worker(here, call)
+            retry_after_s = None if wait is None else wait.retry_after_s
+            return answers.accepted(_submit(here, call, use), retry_after_s=retry_after_s)
+        outcome = _outcome(here, call, use)
     total_ms = (monotonic() - started_at) * 1e3
     return answers.outcome_answer(outcome, operation, total_ms=total_ms, msgpack_by_default=is_msgpack_body())
 
 
-def run(operation: Operation, model: str, body: B, admit: Admit[B]) -> tuple[ModelSpec, Outcome]:
+def run(operation: Operation, model: str, body: B, admit: Admit[B]) -> Outcome:
     """Run what a route of another protocol has read as ``body``, and wait for its outcome, which has succeeded."""
     here = farm()
+    use = _once(here)
+    task_id = None if use is None else _find_once(here, use)
+    if task_id is not None:
+        return _await_once(here, task_id, model)
     spec, epoch = _find(here, operation, model)
-    return spec, _outcome(here, _call(here, operation, spec, epoch, body, admit, asynchronous=False))
+    return _outcome(here, _call(here, operation, spec, epoch, body, admit, asynchronous=False), use)
 
 
-def _outcome(here: Farm, call: Call) -> Outcome:
-    """The outcome of a request, computed now or under its idempotency key before; raises the error that it carries."""
-    use = _once()
-    if not provisioning.has_worker(here, call) and (use is None or not here.client.is_taken(use)):
+def _outcome(here: Farm, call: Call, use: Once | None) -> Outcome:
+    """The outcome of a request, computed now or meanwhile under its idempotency key; raises the error it carries."""
+    if not provisioning.has_worker(here, call):
         raise provisioning.refusal(call, provisioning.ask_for_worker(here, call))
     if use is None:
         outcome = here.client.run(call, has_left=callers.watcher())
@@ -65,9 +77,8 @@ def _outcome(here: Farm, call: Call) -> Outcome:
     return outcome
 
 
-def _submit(here: Farm, call: Call) -> str:
-    """Publish an asynchronous request, unless that was done under its idempotency key before; the task's id."""
-    use = _once()
+def _submit(here: Farm, call: Call, use: Once | None) -> str:
+    """Publish an asynchronous request, unless that was done meanwhile under its idempotency key; the task's id."""
     if use is None:
         return here.client.submit(call, asynchronous=True)
     submitted = here.client.submit_once(call, use)
@@ -76,12 +87,27 @@ def _submit(here: Farm, call: Call) -> str:
     return submitted.task_id
 
 
-def _once() -> Once | None:
+def _once(here: Farm) -> Once | None:
     """The use that the current request makes of an idempotency key: the same route and body are the same request."""
     key = read_idempotency_key()
     if key is None:
         return None
-    return once(principal().tenant, key, incoming.path.encode() + b"\n" + raw_bodies.body_digest())
+    digest = raw_bodies.body_digest(here.settings.max_body_bytes)
+    return once(principal().tenant, key, incoming.path.encode() + b"\n" + digest)
+
+
+def _find_once(here: Farm, use: Once) -> str | None:
+    """The task that stands under the request's idempotency key, whatever has become of its model since."""
+    return here.client.find_once(use, tenant=principal().tenant)
+
+
+def _await_once(here: Farm, task_id: str, model: str) -> Outcome:
+    """The outcome of an earlier request, waited for as long as one for this model would be; raises its error."""
+    timeout_s = routing.timeout_s(here, here.served.find(model), asynchronous=False)
+    outcome = here.client.await_once(task_id, tenant=principal().tenant, timeout_s=timeout_s)
+    say_replayed()
+    outcome.raise_error()
+    return outcome
 
 
 def _find(here: Farm, operation: Operation, model: str) -> tuple[ModelSpec, int]:

@@ -52,8 +52,8 @@ def choose(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> Route:
     return Route(pool, machine_profile, _lane(farm, spec, asynchronous=asynchronous))
 
 
-def timeout_s(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> float:
-    """Seconds until the deadline: the caller's, else the model's, else the default of its kind."""
+def timeout_s(farm: Farm, spec: ModelSpec | None, *, asynchronous: bool) -> float:
+    """Seconds until the deadline: the caller's, else the model's, if there is one, else the default of its kind."""
     name, unit, per_s = DEADLINE_HEADER, "milliseconds", 1000.0
     asked = request.environ.get("HTTP_X_DEADLINE_MS")
     if asked is None:
@@ -61,7 +61,8 @@ def timeout_s(farm: Farm, spec: ModelSpec, *, asynchronous: bool) -> float:
         asked = request.environ.get("HTTP_X_FARMHAND_TIMEOUT")
     if asked is None:
         settings = farm.settings
-        return settings.async_timeout_s if asynchronous else spec.limits.timeout_s or settings.sync_timeout_s
+        of_model = spec.limits.timeout_s if spec is not None else None
+        return settings.async_timeout_s if asynchronous else of_model or settings.sync_timeout_s
     try:
         seconds = float(asked) / per_s
     except ValueError:

@@ -9,6 +9,7 @@ What dies and what happens here:
   this worker its incarnation's records go back to the queues (janitor); nothing of this state matters any more
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import monotonic
@@ -134,13 +135,19 @@ class Dispatcher:
         return len(self._running)
 
     def load(self) -> dict[str, Any]:
-        """What admission reckons with, as ``tasks.live_workers`` reads it, and seconds computed so far."""
+        """What admission reckons with, and what runs, as ``tasks.live_workers`` reads it, and seconds computed."""
         return {
             "request_s": self.throughput.request_s(),
             "weights": self._scheduler.weight_by_lane(),
+            "running": self._running_by_model(),
             "computed_s": round(self.throughput.computed_s, 1),
             "late_s": round(self.throughput.late_s, 3),
         }
+
+    def _running_by_model(self) -> dict[str, int]:
+        """Requests of which the hosts have some part, those that admission counts as open."""
+        running = {part.held for one in self._running.values() for part in one.slices if not part.held.is_settling}
+        return Counter(names.base_model(held.ticket.model) for held in running if held.ticket.admitted)
 
     def stop_picking(self) -> None:
         """Send no further micro-batch: the worker shuts down."""

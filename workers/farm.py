@@ -261,8 +261,7 @@ class Farm:
                 self.demand_met.tell(self.reservation.queues())
             self.arrivals.look_for_cancelled()
             self.reservation.look()
-            if self.is_batch_popping:
-                self.janitor.look()
+            self.janitor.look()
 
     def _sync_clock(self) -> None:
         asked_at = monotonic()

@@ -18,7 +18,6 @@ from tasks.names import Lane, queue_name
 from tests.live import POOL, PROFILE, LiveFarm, LiveWorker, fake_spec
 from tests.lossy_line import LossyLine
 from tests.services import PostgresServer, RedisServer, wait_until
-from workers.farm import KOMBU_KEYS
 
 SLOW = "fake/slow"
 DEATHS_OF_64 = 8
@@ -251,8 +250,7 @@ def test_redis_restarts_under_load_while_a_batch_runs(
     if stoppable.transport == "farm":
         wait_running(*alive)
     else:  # kombu's own records do not tell what has been started
-        held = KOMBU_KEYS[0]
-        wait_until(lambda: stoppable.outcomes() and stoppable.redis.hlen(held) > 0, 10, "answers, and what is held")
+        wait_until(lambda: stoppable.outcomes() and alive[0].held() > 0, 10, "answers, and what is held")
     assert stoppable.waiting() > 0
     own_redis.stop()
     own_redis.start()

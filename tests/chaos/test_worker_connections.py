@@ -10,7 +10,6 @@ from tasks import names
 from tasks.names import Lane, queue_name
 from tests.live import POOL, PROFILE, LiveFarm, fake_spec
 from tests.services import RedisServer, free_port, wait_until
-from workers.farm import KOMBU_KEYS
 
 SLOW = "fake/slow"
 INTERACTIVE = queue_name(POOL, PROFILE, Lane.INTERACTIVE)
@@ -56,8 +55,7 @@ def test_a_worker_judged_dead_answers_each_request_once(
     try:
         worker = farm.start_worker(batch_max_items=8)
         tasks = farm.send_many([str(n) for n in range(200)], model=SLOW)
-        held = names.unacked(worker.incarnation) if transport == "farm" else KOMBU_KEYS[0]
-        wait_until(lambda: farm.outcomes() and farm.redis.hlen(held) > 8, 10, "answers, and messages that are held")
+        wait_until(lambda: farm.outcomes() and worker.held() > 8, 10, "answers, and messages that are held")
         former = worker.incarnation
         farm.redis.delete(names.beat(former))
         wait_until(worker.is_ready, 10, "the worker to be born again")

@@ -89,7 +89,8 @@ def test_it_sees_the_farm(said: dict[str, Any]) -> None:
     for call in ("watch", "watch the cluster"):
         status = said[call]["result"]
         assert status["cluster"]["worker_count"] == 1
-        assert {model["name"]: model["state"] for model in status["models"]}["org/m"] == "loaded"
+        told = {model["name"]: model for model in status["models"]}
+        assert (told["org/m"]["state"], told["org/m"]["total_queue_depth"]) == ("loaded", 0)
     assert (
         said["watch one worker"]["error"]["kind"] == "RequestError"
     )  # the handshake is refused: there is no such route

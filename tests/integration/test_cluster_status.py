@@ -110,8 +110,8 @@ def test_health_tells_who_is_there(web: Web, standin: StandIn) -> None:
         "bundle_config_hash": "e",
     }
     assert found["models"] == [
-        {"name": "org/m", "state": "loaded", "worker_count": 1, "gpu_types": ["cpu"]},
-        {"name": "org/rank", "state": "available", "worker_count": 0, "gpu_types": []},
+        {"name": "org/m", "state": "loaded", "worker_count": 1, "gpu_types": ["cpu"], "total_queue_depth": 0},
+        {"name": "org/rank", "state": "available", "worker_count": 0, "gpu_types": [], "total_queue_depth": 0},
     ]
     standin.tell(ready=False, machine_profile="cpu")
     wait_until(lambda: answer()["status"] == "no_workers", 5, "the worker to be seen as not ready")

@@ -153,6 +153,14 @@ def test_a_model_with_max_concurrency_is_served(live: LiveFarm) -> None:
     live.wait_outcomes(live.send_many([str(n) for n in range(40)], model="fake/one"))
 
 
+def test_a_killed_worker_is_forgotten_by_the_others(live: LiveFarm) -> None:
+    """Else what it told of itself would be read for ever, by all that look who lives."""
+    killed, _ = live.start_worker(), live.start_worker()
+    incarnation = killed.incarnation
+    killed.process.kill()
+    wait_until(lambda: incarnation not in live.incarnations(), 20, "it to be forgotten")
+
+
 @pytest.fixture
 def producer(live: LiveFarm) -> Iterator[Celery]:
     """A plain Celery producer on plain ``redis://``: knows nothing of our transport."""

@@ -97,8 +97,8 @@ def infer(model: str, version: str = wire.VERSION) -> ResponseReturnValue:
     body, texts = wire.read(farm().settings.max_body_bytes)
     binary = wire.wants_binary(body)
     request = EncodeBody([Item(text=text) for text in texts], EncodeParams(output_types=["dense"]))
-    spec, outcome = inference.run(Operation.ENCODE, model, request, admit_encode)
-    return wire.vectors(spec, body, outcome.result, binary=binary)
+    outcome = inference.run(Operation.ENCODE, model, request, admit_encode)
+    return wire.vectors(body, outcome, binary=binary)
 
 
 def _spec(model: str, version: str) -> ModelSpec:

@@ -44,8 +44,8 @@ def embeddings() -> ResponseReturnValue:
     options = None if body.dimensions is None else {"dimensions": body.dimensions}
     params = EncodeParams(output_types=["dense"], options=options)
     request = EncodeBody([Item(text=text) for text in wire.texts_of(body.input)], params)
-    spec, outcome = inference.run(Operation.ENCODE, body.model, request, admit_encode)
-    return wire.embeddings(spec, outcome, as_base64=body.encoding_format == "base64")
+    outcome = inference.run(Operation.ENCODE, body.model, request, admit_encode)
+    return wire.embeddings(outcome, as_base64=body.encoding_format == "base64")
 
 
 @bp.post("/v1/rerank")
@@ -71,5 +71,5 @@ def rerank() -> ResponseReturnValue:
         raise RequestError("top_n is at least 1", param="top_n")
     texts = [one if isinstance(one, str) else one.text for one in body.documents]
     request = ScoreBody(Item(text=body.query), [Item(text=text) for text in texts], options=body.options)
-    spec, outcome = inference.run(Operation.SCORE, body.model, request, admit_score)
-    return wire.ranking(spec, outcome, body)
+    outcome = inference.run(Operation.SCORE, body.model, request, admit_score)
+    return wire.ranking(outcome, body)

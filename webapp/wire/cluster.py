@@ -29,12 +29,17 @@ class Worker(msgspec.Struct, kw_only=True):
 
 
 class Model(msgspec.Struct, kw_only=True):
-    """One model, and where it is loaded. Queues are not of a model, so there is no depth here."""
+    """One model, and where it is loaded. ``total_queue_depth``: its open requests that no host has begun.
+
+    Workers tell each second what their hosts have; what began or ended since then is counted as it was. A profile has
+    the depth of its model, as they are counted together; messages of plain Celery producers are not counted.
+    """
 
     name: str
     state: str
     worker_count: int
     gpu_types: list[str]
+    total_queue_depth: int
 
 
 class Summary(msgspec.Struct, kw_only=True):

@@ -16,6 +16,7 @@ from flask import Response, request
 from common.errors import FarmError, RequestError
 from config_db.spec import ModelSpec
 from tasks import codec
+from tasks.messages import Outcome
 from webapp import problems
 from webapp.openapi.declared import answers_errors_as
 from webapp.wire.headers import BINARY, JSON, set_common
@@ -164,11 +165,12 @@ def wants_binary(body: InferBody) -> bool:
     return by_default if said is None else said
 
 
-def vectors(spec: ModelSpec, body: InferBody, result: bytes | memoryview | msgspec.Raw, *, binary: bool) -> Response:
+def vectors(body: InferBody, outcome: Outcome, *, binary: bool) -> Response:
     """The answer to an inference request."""
-    rows = np.stack([codec.array_of(item["dense"]["values"]) for item in codec.unpack(bytes(result))]).astype("<f4")
+    items = codec.unpack(bytes(outcome.result))
+    rows = np.stack([codec.array_of(item["dense"]["values"]) for item in items]).astype("<f4")
     output = OutputTensor(name=VECTORS, datatype="FP32", shape=list(rows.shape))
-    head = InferAnswer(model_name=spec.id, model_version=VERSION, outputs=[output])
+    head = InferAnswer(model_name=outcome.model, model_version=VERSION, outputs=[output])
     if body.id is not None:
         head["id"] = body.id
     if not binary:

@@ -20,7 +20,6 @@ from common.errors import (
     TenantLimitError,
     UnauthenticatedError,
 )
-from config_db.spec import ModelSpec
 from tasks import codec
 from tasks.messages import Outcome
 from webapp import problems
@@ -153,7 +152,7 @@ def texts_of(given: Any) -> list[str]:
     return texts
 
 
-def embeddings(spec: ModelSpec, outcome: Outcome, *, as_base64: bool) -> Response:
+def embeddings(outcome: Outcome, *, as_base64: bool) -> Response:
     """The answer to an embeddings request: little-endian float32 in base64, or numbers."""
     rows = [codec.array_of(item["dense"]["values"]) for item in codec.unpack(outcome.result)]
     data: list[Embedding] = [
@@ -162,10 +161,10 @@ def embeddings(spec: ModelSpec, outcome: Outcome, *, as_base64: bool) -> Respons
     ]
     tokens = outcome.usage.get("input_tokens", 0)
     usage: TokenUsage = {"prompt_tokens": tokens, "total_tokens": tokens, "sie_token_source": "worker"}
-    return answers.answer(EmbeddingList(object="list", data=data, model=spec.id, usage=usage))
+    return answers.answer(EmbeddingList(object="list", data=data, model=outcome.model, usage=usage))
 
 
-def ranking(spec: ModelSpec, outcome: Outcome, body: RerankBody) -> Response:
+def ranking(outcome: Outcome, body: RerankBody) -> Response:
     """The answer to a rerank request, best first."""
     results: list[Ranked] = []
     for entry in codec.unpack(outcome.result)[: body.top_n]:
@@ -177,7 +176,7 @@ def ranking(spec: ModelSpec, outcome: Outcome, body: RerankBody) -> Response:
         results.append(result)
     tokens = outcome.usage.get("input_tokens", 0)
     usage = TokenUsage(prompt_tokens=tokens, total_tokens=tokens)
-    return answers.answer(Ranking(model=spec.id, results=results, usage=usage))
+    return answers.answer(Ranking(model=outcome.model, results=results, usage=usage))
 
 
 @answers_errors_as(OpenAiProblem)

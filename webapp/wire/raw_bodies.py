@@ -3,6 +3,7 @@
 A body that cannot be read to its end leaves its connection useless; ``gunicorn_worker`` closes that.
 """
 
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, Final
 
@@ -32,6 +33,29 @@ def read_raw(max_bytes: int) -> bytes:
         RequestError: it ended early, or its chunks are broken.
     """
     environ = request.environ
+    if "HTTP_IDEMPOTENCY_KEY" not in environ:
+        return _read_whole(environ, max_bytes)
+    if "read_ahead" in g:
+        ahead: bytes = g.pop("read_ahead")
+        return ahead
+    raw = _read_whole(environ, max_bytes)
+    g.body_digest = sha256(raw).digest()
+    return raw
+
+
+def body_digest(max_bytes: int) -> bytes:
+    """A digest of the body, which is read ahead unless it was; for requests with an idempotency key only.
+
+    Raises:
+        MediaTypeError, BodyTooLargeError, BodyTimeoutError, RequestError: as ``read_raw``.
+    """
+    if "body_digest" not in g:
+        g.read_ahead = read_raw(max_bytes)
+    digest: bytes = g.body_digest
+    return digest
+
+
+def _read_whole(environ: Mapping[str, Any], max_bytes: int) -> bytes:
     if (coding := environ.get("HTTP_CONTENT_ENCODING", "identity")).lower() not in ("", "identity"):
         what = f"a body in content encoding {coding[:100]!r} is not read here: send it uncompressed"
         raise MediaTypeError(what, param="Content-Encoding")
@@ -46,15 +70,7 @@ def read_raw(max_bytes: int) -> bytes:
         raise _too_large(max_bytes)
     if length is not None and len(raw) < length:
         raise RequestError("the body ended before its stated length")
-    if "HTTP_IDEMPOTENCY_KEY" in environ:
-        g.body_digest = sha256(raw).digest()
     return raw
-
-
-def body_digest() -> bytes:
-    """A digest of the body that was read; for requests with an idempotency key only."""
-    digest: bytes = g.body_digest
-    return digest
 
 
 def _read(body: Any, size: int, sock: Any) -> bytes:
