@@ -61,7 +61,7 @@ def plan(
     files = _read(directory)
     epoch, found = _planned(files, local_farm.database_url(data_dir), prune=prune)
     _show_plan(found, as_json=as_json, epoch=epoch)
-    _warn_of_roots(files)
+    _warn(files)
     if found:
         raise typer.Exit(HAS_CHANGES)
 
@@ -296,13 +296,14 @@ def _planned(
         return epoch, changes.described(plan_files(session, files, prune=prune))
 
 
-def _warn_of_roots(files: "ConfigFiles") -> None:
-    """Say on standard error which models no worker with this process's own model directories would load."""
+def _warn(files: "ConfigFiles") -> None:
+    """Say on standard error what no worker with this process's own model directories would load, or use."""
+    from config_db.families import in_vain
     from config_db.model_roots import outside
 
     roots = load_settings(CommonSettings).model_roots
     for spec in files.specs:
-        for warning in outside(spec, roots):
+        for warning in (*in_vain(spec), *outside(spec, roots)):
             Screen().warn(f"{spec.id}: {warning}")
 
 

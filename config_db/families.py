@@ -57,6 +57,13 @@ def takes_adapters(family: str) -> bool:
     return family in ADAPTABLE or family not in FAMILIES
 
 
+def in_vain(spec: ModelSpec) -> list[str]:
+    """A warning for what a model's spec says and its family cannot use."""
+    if not spec.adapters or takes_adapters(spec.family):
+        return []
+    return [f"adapters: models of the family `{spec.family}` take none, so requests that name one are refused"]
+
+
 def why_unsupported(spec: ModelSpec, extra: Collection[str] | None = None) -> str | None:
     """Why this release cannot serve a model; None if it can.
 

@@ -321,7 +321,7 @@ class Dispatcher:
         now = monotonic()
         views = self.hosts.hosts()
         depth = {view.id: view.outstanding for view in views}
-        alone, is_gathering, soon = -(-len(views) // 2), False, list[float]()
+        alone, soon = -(-len(views) // 2), list[float]()
         for level in range(HOST_DEPTH):
             free, coming = [view for view in views if depth[view.id] <= level], 0
             if level:
@@ -339,13 +339,12 @@ class Dispatcher:
                     spread=alone - sum(1 for held in depth.values() if held),
                     lead_s=self.throughput.lead_s,
                 )
-                is_gathering |= self._scheduler.is_gathering
+                if self._scheduler.gathers_s is not None:
+                    soon.append(self._scheduler.gathers_s)
                 if pick is not None:
                     depth[view.id] += 1
                     self._send(view.id, pick, now)
         self._expire(now)
-        if is_gathering:
-            soon.append(self._scheduler.policy.gather_s)
         if soon and len(self._scheduler):
             self._kicks.at(now + min(soon))
 

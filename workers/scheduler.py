@@ -29,7 +29,7 @@ class Scheduler:
         self._limits = limits
         self.policy = policy
         self.pace = Pace()
-        self.is_gathering = False
+        self.gathers_s: float | None = None
         self._sharing = Sharing()
         self._works: dict[int, tuple[Work, Line | None]] = {}
         self._groups: dict[str, Group] = {}
@@ -204,12 +204,12 @@ class Scheduler:
             elsewhere: specs resident on other hosts, which will soon be free; loaded here only when overdue.
             hosts: hosts that are free now: the batch takes its share of what waits, so that they run side by side.
             spread: over how many more of them the small batches of one key may be spread; none left: such a batch
-                gathers company, and ``is_gathering`` tells. None: over any number.
+                gathers company, and ``gathers_s`` tells for how long yet. None: over any number.
             lead_s: how long a micro-batch of a spec takes, as far as it is known: what would be late by then is set
                 aside with what is late already.
         """
         self._expire(now)
-        self.is_gathering = False
+        self.gathers_s = None
         again = self._pick_together(resident)
         if again is not None:
             return again
@@ -296,9 +296,11 @@ class Scheduler:
     def _gathers(self, line: Line, now: float) -> bool:
         """Whether this line's batch is better served later, by more."""
         group = line.group
-        gathers = group.name in self._running and now - line.arrived < self.policy.gather_s and self._is_small(group, 1)
-        self.is_gathering |= gathers
-        return gathers
+        left_s = line.arrived + self.policy.gather_s - now
+        if left_s <= 0 or group.name not in self._running or not self._is_small(group, 1):
+            return False
+        self.gathers_s = left_s if self.gathers_s is None else min(self.gathers_s, left_s)
+        return True
 
     def _is_small(self, group: Group, hosts: int) -> bool:
         """Whether a host's share of the group lasts so short that it had better be larger."""

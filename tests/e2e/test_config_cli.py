@@ -93,6 +93,12 @@ def test_a_plan_warns_of_local_models_where_no_worker_may_look(config: Config, c
     assert json.loads(plan.stdout)["add"] == 2
 
 
+def test_a_plan_warns_of_adapters_that_nobody_could_ask_for(config: Config, catalogue: Path) -> None:
+    third = "models:\n- id: third\n  family: clip\n  source: {hub: org/m}\n  adapters: {law: {hub: org/law}}\n"
+    (catalogue / "third.yaml").write_text(third)
+    assert config("plan", catalogue).stderr.startswith("warning: third: adapters: models of the family `clip`")
+
+
 def test_a_file_in_place_of_its_directory_is_said_so(config: Config, catalogue: Path) -> None:
     refused = config("plan", catalogue / "first.yaml")
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)

@@ -217,6 +217,17 @@ def test_a_path_that_leads_elsewhere_is_refused(web: Web, path: str) -> None:
     assert "source.path" in refused.text
 
 
+def test_adapters_that_nobody_could_ask_for_are_warned_of(web: Web) -> None:
+    adapters = {"adapters": {"law": {"hub": "org/law"}}}
+    taken, in_vain = (
+        post(web, {"id": f"adapters/{family}", "family": family, "source": {"hub": "org/m"}, **adapters})
+        for family in ("sparse", "clip")
+    )
+    assert (taken.status_code, taken.json()["warnings"]) == (201, [])
+    assert in_vain.status_code == 201
+    assert "adapters: models of the family `clip` take none" in in_vain.json()["warnings"][0]
+
+
 def test_a_path_under_no_allowed_directory_is_warned_of(web: Web) -> None:
     """The roots of ``config_web`` are /models and /more."""
     local = {**OURS, "source": {"path": "/etc"}, "adapters": {"a": {"path": "/models-not/a"}, "b": {"path": "/more/b"}}}

@@ -1,5 +1,7 @@
 """Small batches wait a little for company while another of their key runs, where hosts share cores."""
 
+import pytest
+
 from tests.unit.works import HERE, ids, scheduler, work
 from workers.scheduler import Scheduler
 
@@ -20,10 +22,10 @@ def test_a_small_batch_waits_for_company_while_one_of_its_key_runs() -> None:
     assert running is not None
     made.add(work(arrived=0.0))
     assert made.pick(0.01, resident=HERE, spread=0) is None
-    assert made.is_gathering
+    assert made.gathers_s == pytest.approx(GATHER_S - 0.01)
     made.finished(running)
     assert len(ids(made.pick(0.01, resident=HERE, spread=0))) == 1
-    assert not made.is_gathering
+    assert made.gathers_s is None
 
 
 def test_it_waits_no_longer_than_that() -> None:

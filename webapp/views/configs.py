@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from common.errors import ContentConflictError, ModelNotFoundError, RequestError
 from config_db import model_writes
 from config_db.export import model_yaml
-from config_db.families import why_unsupported
+from config_db.families import in_vain, why_unsupported
 from config_db.idempotency import Answer
 from config_db.json_schema import model_schema
 from config_db.model_roots import outside
@@ -152,7 +152,7 @@ def _answer(written: Written, left_out: Sequence[str] = ()) -> Answer:
         model_id=spec.id,
         created_profiles=list(written.created),
         existing_profiles_skipped=list(written.skipped),
-        warnings=[*kept, *_shown([*outside(spec, settings.model_roots), *left_out])],
+        warnings=[*kept, *_shown([*in_vain(spec), *outside(spec, settings.model_roots), *left_out])],
         routable_bundles_by_profile={name: bundles_of(spec, families) for name in written.created},
         router_id=f"{gethostname()}:{getpid()}",
         **wire.epoch_named(written.published),
