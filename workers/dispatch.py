@@ -71,7 +71,7 @@ class Dispatcher:
         clock: the farm's clock.
         limits: bounds of a micro-batch.
         settler: answers requests.
-        incarnation: the uuid this process lives under now.
+        held_keys: where Redis has what this incarnation holds: its unacknowledged messages, and those of them started.
         on_residency: called when a host came, went, loaded or evicted, or the pace of a queue became known.
         runs_here: whether a model's placement lets it run on this worker.
     """
@@ -86,7 +86,7 @@ class Dispatcher:
         clock: FarmClock,
         limits: DispatchLimits,
         settler: Settler,
-        incarnation: Callable[[], str],
+        held_keys: Callable[[], tuple[str, str]],
         on_residency: Callable[[], None],
         runs_here: Callable[[ModelSpec], bool],
     ) -> None:
@@ -97,7 +97,7 @@ class Dispatcher:
         self._limits = limits
         self._settler = settler
         self._suspects = Suspects(scheduler, settler)
-        self._incarnation = incarnation
+        self._held_keys = held_keys
         self._on_residency = on_residency
         self._runs_here = runs_here
         self.throughput = Throughput()
@@ -397,9 +397,7 @@ class Dispatcher:
             tracked = task_id and held.ticket.asynchronous
             arguments += [held.tag, task_id, names.task_record(task_id) if tracked else ""]
         if arguments:
-            incarnation = self._incarnation()
-            keys = [names.unacked(incarnation), names.started(incarnation), names.OPEN]
-            self._link.script("start", keys, arguments)
+            self._link.script("start", [*self._held_keys(), names.OPEN], arguments)
 
     def _change_revisions(self, now: float) -> None:
         """Have new specs loaded beside those that serve; let go of what serves no more once nothing waits for it."""

@@ -121,7 +121,7 @@ class Farm:
                 hang_unmeasured_s=settings.hang_unmeasured_s,
             ),
             settler=self.settler,
-            incarnation=lambda: self.heartbeat.incarnation,
+            held_keys=self._held_keys,
             on_residency=self.heartbeat.tell,
             runs_here=self._may_run,
         )
@@ -317,6 +317,12 @@ class Farm:
         if hub is not None:
             hub.call_soon(self.heartbeat.tell)
             hub.call_soon(self.dispatcher.on_epoch)
+
+    def _held_keys(self) -> tuple[str, str]:
+        """Where Redis has what this incarnation holds: kombu's own transport keeps what all workers hold together."""
+        incarnation = self.heartbeat.incarnation
+        unacked = names.unacked(incarnation) if self.is_batch_popping else KOMBU_KEYS[0]
+        return unacked, names.started(incarnation)
 
     def _may_run(self, spec: ModelSpec) -> bool:
         """Whether a model's placement lets it run on this worker."""

@@ -231,6 +231,14 @@ def test_inspect_sees_the_worker_and_what_it_runs(live: LiveFarm, producer: Cele
     wait_until(lambda: not inspect.active()[node], 20, "nothing to be active any more")
 
 
+def test_what_runs_is_marked_in_redis_until_it_is_answered(live: LiveFarm, producer: Celery) -> None:
+    worker = live.start_worker()
+    running = occupy(live, producer.control.inspect(timeout=5, limit=1))
+    wait_until(lambda: worker.started() == len(running), 5, "both to be marked")
+    live.wait_outcomes(running)
+    wait_until(lambda: worker.started() == 0, 5, "nothing to be marked any more")
+
+
 def test_revoke_answers_a_waiting_request_as_cancelled(live: LiveFarm, producer: Celery) -> None:
     live.start_worker()
     inspect = producer.control.inspect(timeout=5, limit=1)

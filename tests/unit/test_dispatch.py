@@ -102,7 +102,7 @@ class Stage:
             clock=FarmClock(),
             limits=DispatchLimits(MAX_ITEMS, 10**6, hang_floor_s=10**6, hang_unmeasured_s=10**6),
             settler=ignored,
-            incarnation=lambda: "incarnation",
+            held_keys=lambda: ("unacked", "started"),
             on_residency=lambda: None,
             runs_here=lambda _: True,
         )
