@@ -29,8 +29,8 @@ class WorkerView:
     ``epoch`` and ``epoch_id`` are those of the config it serves; a worker of an earlier release tells no id.
     ``request_s`` is what a request takes one of its ``hosts``, in seconds, by queue, while it has more to do than they
     can; ``weights`` those of the tenants that wait in each lane, added up. ``running`` counts the requests that its
-    hosts have, by model, of those that were admitted; a worker of an earlier release does not tell. ``gpus`` are the
-    devices its hosts run on without the CPU; memory is that of models.
+    hosts have begun, by model, of those that were admitted; a worker of an earlier release does not tell. ``gpus`` are
+    the devices its hosts run on without the CPU; memory is that of models.
     """
 
     incarnation: str

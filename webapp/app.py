@@ -72,7 +72,7 @@ def bare_app() -> Flask:
     problems.install(app)
     for view in _VIEWS:
         app.register_blueprint(view.bp)
-    for further in (oip.probes, absent.openai_bp, cluster.sockets, docs.home, docs.pages):
+    for further in (oip.probes, absent.openai_bp, cluster.sockets, docs.pages):
         app.register_blueprint(further)
     app.wsgi_app = SecurityHeaders(app.wsgi_app)  # type: ignore[method-assign]  # as Flask documents it
     return app

@@ -105,7 +105,7 @@ def _http_problem(error: HTTPException) -> Response:
         response.headers["Allow"] = ", ".join(allowed)
         return response
     if isinstance(error, NotFound):
-        return problem(NotFoundError("there is no such route"))
+        return problem(NotFoundError("there is no such route: /docs shows those there are"))
     if error.code is not None and error.code < 500:
         return problem(RequestError(error.description or error.name))
     return _unexpected(error)

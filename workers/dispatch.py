@@ -90,6 +90,7 @@ class Dispatcher:
         on_residency: Callable[[], None],
         runs_here: Callable[[ModelSpec], bool],
     ) -> None:
+        self._intake = intake
         self._scheduler = scheduler
         self._link = link
         self._specs = specs
@@ -139,15 +140,17 @@ class Dispatcher:
         return {
             "request_s": self.throughput.request_s(),
             "weights": self._scheduler.weight_by_lane(),
-            "running": self._running_by_model(),
+            "running": self._begun_by_model(),
             "computed_s": round(self.throughput.computed_s, 1),
             "late_s": round(self.throughput.late_s, 3),
         }
 
-    def _running_by_model(self) -> dict[str, int]:
-        """Requests of which the hosts have some part, those that admission counts as open."""
-        running = {part.held for one in self._running.values() for part in one.slices if not part.held.is_settling}
-        return Counter(names.base_model(held.ticket.model) for held in running if held.ticket.admitted)
+    def _begun_by_model(self) -> dict[str, int]:
+        """Requests of which the hosts have, or had, some part: of those that admission counts as open."""
+        now = monotonic()
+        begun = (held for held in self._intake if held.started_at is not None and not held.is_settling)
+        open_yet = (held for held in begun if held.ticket.admitted and held.deadline > now)
+        return Counter(names.base_model(held.ticket.model) for held in open_yet)
 
     def stop_picking(self) -> None:
         """Send no further micro-batch: the worker shuts down."""

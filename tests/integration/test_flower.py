@@ -64,6 +64,7 @@ def test_flower_shows_the_worker_and_the_life_of_a_task(
     wait_until(lambda: shown()[0].get("task-succeeded") == 1, 15, "the worker's count")
     assert {one["uuid"] for one in searched(flower, f"args:{FAKE}")} == {good, bad}
     assert not searched(flower, "args:fake/other")
+    assert 'data-column="args"' in flower.get("/tasks").text
     about = [one["hostname"] for one in shown()]
     wait_until(lambda: flower.get(f"/worker/{about[0]}").status_code == 200, 15, "the worker's own page")
     assert "Inspect method" not in (live.directory / "flower.log").read_text()

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import transformers
 
 from config_db.families import ADAPTABLE
 from config_db.model_folders import spec_of_directory
@@ -17,6 +18,7 @@ from tests.rerankers import PAIRS, answer, requests_of, score
 from workers.host.families.pairs import PairModel
 from workers.host.families.protocol import Device
 from workers.host.families.registry import find
+from workers.host.rack import Rack
 
 MERGED = """
 import json, shutil, sys
@@ -96,3 +98,12 @@ def test_a_model_that_cannot_mix_is_found_out_once(folders: dict[str, Path]) -> 
     with pytest.raises(RuntimeError, match="not its pass"):
         answer(model.rack.model, *requests)
     assert not model.rack.mixes
+    with pytest.raises(RuntimeError, match="one at a time"):  # whatever its shape, as a part of the same might fit
+        answer(model.rack.model, *requests)
+
+
+def test_types_that_are_given_tokens_before_rows_do_not_mix() -> None:
+    """With as many rows as tokens nothing would tell."""
+    config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    rack = Rack(transformers.XLNetForSequenceClassification(config), lambda _: pytest.fail("nothing hangs"))
+    assert not rack.mixes

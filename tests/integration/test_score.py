@@ -154,6 +154,8 @@ def test_a_profile_may_be_asked_for(farm: Farm) -> None:
     body = {"query": {"text": "q"}, "items": [{"text": "a"}], "options": {"profile": "other"}}
     response = farm.web.http.post("/v1/score/fake/rank", json=body)
     assert response.json()["model"] == "fake/rank:other"
+    ranked = {"model": "fake/rank", "query": "q", "documents": ["a"], "options": {"profile": "other"}}
+    assert farm.web.http.post("/v1/rerank", json=ranked).json()["model"] == "fake/rank:other"
 
 
 @pytest.mark.parametrize("model", ["tiny/cross", "tiny/causal"])

@@ -71,5 +71,5 @@ def test_what_no_protocol_knows_is_404(web: FlaskClient) -> None:
     response = web.post("/v1/nothing")
     assert (response.status_code, response.json) == (
         404,
-        {"error": {"code": "NOT_FOUND", "message": "there is no such route"}},
+        {"error": {"code": "NOT_FOUND", "message": "there is no such route: /docs shows those there are"}},
     )

@@ -12,6 +12,22 @@ from common.collector import YOUNG
 from tests.services import ROOT
 from webapp import gunicorn_worker, unread
 
+_WORKER = """
+import gc
+from types import SimpleNamespace
+from workers import app
+from workers.steps import FarmStep
+FarmStep.start(None, SimpleNamespace(farm=SimpleNamespace(start=lambda: None)))
+print(gc.get_threshold()[0], gc.get_freeze_count(), len(gc.get_objects()))
+"""
+_ZYGOTE = """
+import gc, socket
+from types import SimpleNamespace
+from workers.host.main import Zygote
+ours, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+Zygote(ours)._set_up(SimpleNamespace(log_level="INFO", preimport=("transformers",)))
+print(gc.get_threshold()[0], gc.get_freeze_count(), len(gc.get_objects()), gc.isenabled())
+"""
 _WEB = """
 import gc
 from webapp import gunicorn_conf, main
@@ -20,14 +36,27 @@ print(gc.get_threshold()[0], gc.get_freeze_count(), len(gc.get_objects()))
 """
 
 
-def test_a_web_process_looks_seldom_and_not_among_its_libraries() -> None:
-    said = subprocess.run(
-        [sys.executable, "-c", _WEB], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+def said(code: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    young, frozen, others = map(int, said.stdout.split())
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("process", [_WEB, _WORKER])
+def test_web_and_worker_look_seldom_and_not_among_their_libraries(process: str) -> None:
+    young, frozen, others = map(int, said(process))
     assert young == YOUNG
-    assert frozen > 50_000  # Flask, SQLAlchemy, gevent
+    assert frozen > 50_000
     assert others < frozen // 20
+
+
+def test_hosts_look_as_often_as_ever_but_not_among_their_libraries() -> None:
+    young, frozen, others, looks = said(_ZYGOTE)
+    assert (int(young), looks) == (700, "True")
+    assert int(frozen) > 50_000
+    assert int(others) < int(frozen) // 20
 
 
 class _Request:

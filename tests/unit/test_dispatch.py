@@ -226,11 +226,24 @@ def test_a_timer_that_was_far_away_comes_nearer(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("stage", [0], indirect=True)
-def test_it_tells_how_many_requests_the_hosts_have(stage: Stage) -> None:
-    """Of those that are open: one that was cut once, those that were never admitted or have their answer not at all."""
+def test_it_tells_how_many_requests_the_hosts_have_begun(stage: Stage) -> None:
+    """Of those that are open: one that was cut once, those that were never admitted or are answered not at all."""
     for at, (model, items) in enumerate(((QUICK, 2 * MAX_ITEMS), (QUICK, 1), (SLOW, 1), (NEW, 1))):
         stage.ask(model, items=items, admitted=at != 1)
     stage.until([(HOST, QUICK), (OTHER, QUICK), (HOST, QUICK), (OTHER, SLOW)])
     assert stage.dispatcher.load()["running"] == {QUICK: 1, SLOW: 1}
-    next(held for held in stage.intake if held.ticket.model == SLOW).is_settling = True
+    slow = next(held for held in stage.intake if held.ticket.model == SLOW)
+    slow.deadline = monotonic()  # its caller has been answered
+    assert stage.dispatcher.load()["running"] == {QUICK: 1}
+    next(held for held in stage.intake if held.ticket.model == QUICK).is_settling = True
+    assert stage.dispatcher.load()["running"] == {}
+
+
+@pytest.mark.parametrize("stage", [0], indirect=True)
+def test_what_has_begun_stays_so_between_its_slices(stage: Stage) -> None:
+    stage.ask(QUICK, items=5 * MAX_ITEMS)
+    stage.until([(HOST, QUICK), (OTHER, QUICK), (HOST, QUICK), (OTHER, QUICK)])
+    stage.dispatcher.stop_picking()
+    for place in range(4):
+        stage.end(place)
     assert stage.dispatcher.load()["running"] == {QUICK: 1}

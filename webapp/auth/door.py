@@ -15,7 +15,7 @@ from webapp.auth.tokens import ApiKeys, StaticTokens, read_tokens
 
 Authenticate: TypeAlias = Callable[[str], Principal | None]
 
-OPEN: Final = frozenset(("health", "oip_health", "docs", "pages", "home"))
+OPEN: Final = frozenset(("health", "oip_health", "docs", "pages"))
 """Blueprints that anybody may ask: probes hold no key, and the document tells no more than the source does."""
 CONFIG: Final = frozenset(("configs", "config_epochs", "config_bundles"))
 POOLS: Final = "pools"

@@ -12,9 +12,7 @@ from webapp.openapi.declared import Declaration, declaration_of
 
 PAGES: Final = "pages"
 """The blueprint that shows the document to people."""
-HOME: Final = "home"
-"""The blueprint that sends people there."""
-UNDESCRIBED: Final = (HOME, PAGES, "sockets", "absent", "absent_openai")
+UNDESCRIBED: Final = (PAGES, "sockets", "absent", "absent_openai")
 """Blueprints that are not described: pages, WebSockets, for which there are no words, and what is not there."""
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _PART: Final = re.compile(r"<(?:[^:<>]+:)?(\w+)>")

@@ -1,17 +1,14 @@
-"""``/openapi.json``: this API as a document; ``/docs``: the same as pages, which load nothing from elsewhere.
-
-A browser that is given no more than the farm's address is sent to the pages.
-"""
+"""``/openapi.json``: this API as a document; ``/docs``: the same as pages, which load nothing from elsewhere."""
 
 from typing import Any, Final
 
-from flask import Blueprint, Response, current_app, redirect
+from flask import Blueprint, Response, current_app
 from flask.typing import ResponseReturnValue
 from flask_swagger_ui import get_swaggerui_blueprint
 
 from webapp.openapi.declared import declared
 from webapp.openapi.document import document_text
-from webapp.openapi.routes import HOME, PAGES
+from webapp.openapi.routes import PAGES
 from webapp.wire.headers import JSON, set_common
 
 bp = Blueprint("docs", __name__)
@@ -25,7 +22,6 @@ _SHOWN: Final = {
     "validatorUrl": None,  # else the document's address is told to a public service
     "oauth2RedirectUrl": "",  # else it is made of what the caller says the host is
 }
-home = Blueprint(HOME, __name__)
 pages = get_swaggerui_blueprint("/docs", PLACE, _SHOWN, blueprint_name=PAGES)
 
 
@@ -39,9 +35,3 @@ def show() -> ResponseReturnValue:
     response = Response(kept[_KEPT], content_type=JSON)
     set_common(response)
     return response
-
-
-@home.get("/")
-def arrive() -> ResponseReturnValue:
-    """To the pages."""
-    return redirect("/docs/")

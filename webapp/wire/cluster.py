@@ -31,8 +31,9 @@ class Worker(msgspec.Struct, kw_only=True):
 class Model(msgspec.Struct, kw_only=True):
     """One model, and where it is loaded. ``total_queue_depth``: its open requests that no host has begun.
 
-    Workers tell each second what their hosts have; what began or ended since then is counted as it was. A profile has
-    the depth of its model, as they are counted together; messages of plain Celery producers are not counted.
+    Workers tell each second what their hosts have begun; what began or ended since then is counted as it was, and what
+    was cancelled while it ran is taken off until it is done. A profile has the depth of its model, as they are counted
+    together; messages of plain Celery producers are not counted.
     """
 
     name: str

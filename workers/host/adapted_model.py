@@ -1,6 +1,6 @@
 """The second model of a base, whose module has adapters: runs requests for different adapters in one forward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,13 +13,13 @@ class AdaptedModel:
 
     Args:
         model: runs the module with adapters as the base runs its own.
-        hold: keeps what hangs as it is for the length of a block.
+        hold: keeps what hangs as it is while texts of these adapters, one for each text, run in a block.
     """
 
     bytes = 0
     """The weights are the base's; adapters are booked one by one."""
 
-    def __init__(self, model: Model, hold: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, model: Model, hold: Callable[[Sequence[str]], AbstractContextManager[None]]) -> None:
         self._model = model
         self._hold = hold
         self.prepare = model.prepare
@@ -30,7 +30,7 @@ class AdaptedModel:
         owners = [
             str(part.request.options["lora"]) for part in prepared.parts for _ in range(part.rows.start, part.rows.stop)
         ]
-        with self._hold(), owned(owners):
+        with self._hold(owners), owned(owners):
             return self._model.run(prepared)
 
     def close(self) -> None:

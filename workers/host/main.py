@@ -7,6 +7,7 @@ zygote starts no thread, touches no device and tokenises nothing: what it did no
 It dies with the worker and its hosts die with it, however the worker ends. It reaps them and says how each died.
 """
 
+import gc
 import os
 import resource
 import select
@@ -18,7 +19,7 @@ from importlib import import_module
 from time import monotonic
 from typing import Final
 
-from common.collector import collect_seldom, keep_for_good
+from common.collector import keep_for_good
 from common.logs import configure_logs, get_logger
 from workers.host import frames
 from workers.host.frames import Exited, Fork, HostSetup, Imported, Kill
@@ -74,7 +75,7 @@ class Zygote:
         """Import what the hosts shall share. A module that cannot be imported fails the loads that need it."""
         self._setup = setup
         configure_logs(level=setup.log_level)
-        collect_seldom()
+        gc.disable()  # imports are garbage to nobody
         started, failure = monotonic(), None
         for module in setup.preimport:
             try:
@@ -83,6 +84,7 @@ class Zygote:
                 failure = f"{module}: {type(error).__name__}: {error}"
                 log.exception("preimport_failed", module=module)
         keep_for_good()
+        gc.enable()
         self._tell(Imported(monotonic() - started, failure))
 
     def _fork(self, host: int, device: str, link_fd: int, board_fd: int) -> None:

@@ -5,11 +5,11 @@ taken off in the loader's thread while the compute thread runs; a lock keeps the
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -22,6 +22,9 @@ from workers.host.families.protocol import Model
 
 log = get_logger("host")
 
+TOKENS_FIRST: Final = frozenset(("fsmt", "led", "longformer", "xlnet"))
+"""transformers' types with layers that are given tokens before rows: as many of both could not be told apart."""
+
 
 class Rack:
     """Adapters by the digest of their source, which is the name that peft knows them by.
@@ -31,11 +34,12 @@ class Rack:
         on: makes the model that runs a module with adapters as the base runs its own.
 
     Attributes:
-        mixes: whether that model runs requests for different adapters in one forward pass; so until found otherwise.
+        mixes: whether that model runs requests for different adapters in one forward pass; so until found otherwise,
+            but for types that are known not to.
     """
 
     def __init__(self, module: torch.nn.Module, on: Callable[[torch.nn.Module], Model]) -> None:
-        self.mixes = True
+        self.mixes = getattr(getattr(module, "config", None), "model_type", None) not in TOKENS_FIRST
         self.is_closed = False
         self._lock = Lock()
         self._base: torch.nn.Module | None = module
@@ -101,9 +105,15 @@ class Rack:
         self._peft.base_model.set_adapter([])  # which is active for peft does not matter: passes say whose they are
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Keep what hangs as it is for the length of a run. What cannot be mixed is not tried again."""
+    def _running(self, owners: Sequence[str]) -> Iterator[None]:
+        """Keep what hangs as it is while texts of these adapters run. What cannot be mixed is not tried again.
+
+        Raises:
+            UndividedError: it is of several adapters, and that cannot be, as was found by a run before this.
+        """
         with self._lock:
+            if not self.mixes and len(set(owners)) > 1:
+                raise UndividedError("adapters of this base run one at a time")
             try:
                 yield
             except UndividedError as error:

@@ -45,7 +45,8 @@ class Adaptable(ABC):
 
 
 def like(one: T, **exchanged: Any) -> T:
-    """An object that shares all with another but these attributes."""
+    """An object that shares all with another but these attributes; what adapters hang on is the other's alone."""
     other = copy.copy(one)
+    vars(other).pop("rack", None)
     vars(other).update(exchanged)
     return other

@@ -7,6 +7,7 @@ bounded piece of the pass's tokens at a time, and each text's weights are pooled
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -130,7 +131,7 @@ class Splade:
 
     def __init__(self, module: torch.nn.Module, runner: TokenEncoder, folder: SparseFolder) -> None:
         self.encoder = runner
-        self._head = Head(module)
+        self._module = module
         self._folder = folder
         self.piece_tokens = max(1, LOGITS // vocabulary_size(module))
 
@@ -166,6 +167,10 @@ class Splade:
                 row, begin, begun = row + 1, ends[row], None
             if whole:
                 yield places[first:row], self._finished(torch.stack(whole))
+
+    @cached_property
+    def _head(self) -> Head:
+        return Head(self._module)
 
     def _logits(self, texts: States, start: int) -> torch.Tensor:
         """Logits of the piece that begins with token ``start``."""

@@ -14,7 +14,6 @@ class AdaptedSplade(Splade):
 
     def __init__(self, module: torch.nn.Module, runner: TokenEncoder, folder: SparseFolder) -> None:
         super().__init__(module, runner, folder)
-        self._module = module
         self._device = str(next(module.parameters()).device)
 
     def _logits(self, texts: States, start: int) -> torch.Tensor:
