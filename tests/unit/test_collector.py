@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from workers.host.main import Zygote
 ours, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 Zygote(ours)._set_up(SimpleNamespace(log_level="INFO", preimport=("transformers",)))
-print(gc.get_threshold()[0], gc.get_freeze_count(), len(gc.get_objects()), gc.isenabled())
+print(gc.get_threshold()[0], gc.get_freeze_count(), len(gc.get_objects()))
 """
 _WEB = """
 import gc
@@ -53,10 +53,10 @@ def test_web_and_worker_look_seldom_and_not_among_their_libraries(process: str) 
 
 
 def test_hosts_look_as_often_as_ever_but_not_among_their_libraries() -> None:
-    young, frozen, others, looks = said(_ZYGOTE)
-    assert (int(young), looks) == (700, "True")
-    assert int(frozen) > 50_000
-    assert int(others) < int(frozen) // 20
+    young, frozen, others = map(int, said(_ZYGOTE))
+    assert young == gc.get_threshold()[0]  # Python's own
+    assert frozen > 50_000
+    assert others < frozen // 20
 
 
 class _Request:

@@ -19,7 +19,7 @@ from importlib import import_module
 from time import monotonic
 from typing import Final
 
-from common.collector import keep_for_good
+from common.collector import collect_seldom, keep_for_good
 from common.logs import configure_logs, get_logger
 from workers.host import frames
 from workers.host.frames import Exited, Fork, HostSetup, Imported, Kill
@@ -75,7 +75,8 @@ class Zygote:
         """Import what the hosts shall share. A module that cannot be imported fails the loads that need it."""
         self._setup = setup
         configure_logs(level=setup.log_level)
-        gc.disable()  # imports are garbage to nobody
+        usual = gc.get_threshold()
+        collect_seldom()
         started, failure = monotonic(), None
         for module in setup.preimport:
             try:
@@ -84,7 +85,7 @@ class Zygote:
                 failure = f"{module}: {type(error).__name__}: {error}"
                 log.exception("preimport_failed", module=module)
         keep_for_good()
-        gc.enable()
+        gc.set_threshold(*usual)
         self._tell(Imported(monotonic() - started, failure))
 
     def _fork(self, host: int, device: str, link_fd: int, board_fd: int) -> None:
