@@ -10,13 +10,13 @@ from gevent import monkey
 
 monkey.patch_all()  # before anything imports ssl, sockets or locks
 
-from typing import Any  # noqa: E402
+from typing import Any
 
-from common.collector import collect_seldom, keep_for_good  # noqa: E402
-from common.errors import SetupError  # noqa: E402
-from common.logs import get_logger  # noqa: E402
-from common.settings import WebSettings, load_settings  # noqa: E402
-from webapp.auth.door import check_settings  # noqa: E402
+from common.collector import collect_seldom, keep_for_good
+from common.errors import SetupError
+from common.logs import get_logger
+from common.settings import WebSettings, load_settings
+from webapp.auth.door import check_settings
 
 collect_seldom()
 _settings = load_settings(WebSettings)

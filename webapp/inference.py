@@ -33,7 +33,7 @@ def serve(operation: Operation, model: str, kind: type[B], admit: Admit[B]) -> R
     here = farm()
     asynchronous = routing.is_async()
     use = _once(here)
-    task_id = None if use is None else _find_once(here, use)
+    task_id = _find_once(here, use)
     if task_id is not None:
         if asynchronous:
             say_replayed()
@@ -56,7 +56,7 @@ def run(operation: Operation, model: str, body: B, admit: Admit[B]) -> Outcome:
     """Run what a route of another protocol has read as ``body``, and wait for its outcome, which has succeeded."""
     here = farm()
     use = _once(here)
-    task_id = None if use is None else _find_once(here, use)
+    task_id = _find_once(here, use)
     if task_id is not None:
         return _await_once(here, task_id, model)
     spec, epoch = _find(here, operation, model)
@@ -96,9 +96,9 @@ def _once(here: Farm) -> Once | None:
     return once(principal().tenant, key, incoming.path.encode() + b"\n" + digest)
 
 
-def _find_once(here: Farm, use: Once) -> str | None:
-    """The task that stands under the request's idempotency key, whatever has become of its model since."""
-    return here.client.find_once(use, tenant=principal().tenant)
+def _find_once(here: Farm, use: Once | None) -> str | None:
+    """The task that stands under the request's idempotency key, if it has one, whatever became of its model since."""
+    return None if use is None else here.client.find_once(use, tenant=principal().tenant)
 
 
 def _await_once(here: Farm, task_id: str, model: str) -> Outcome:

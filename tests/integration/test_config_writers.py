@@ -56,7 +56,7 @@ class Writer:
 
     def __init__(self, url: str, number: int, log: Log) -> None:
         self._engine = open_engine(url)
-        self._random = Random(number)  # noqa: S311 - no secret
+        self._random = Random(number)
         self._number = number
         self._log = log
 

@@ -83,7 +83,7 @@ def test_what_is_found_with_an_adapter_is_what_the_merged_model_finds(made: Path
     assert all(told), "adapters that say the same tell nothing"
     assert sum(one != other for one, other in zip(before, alone, strict=True)) > len(wanted) // 2
     places = list(range(len(wanted)))
-    random.Random(4).shuffle(places)  # noqa: S311 - no secret
+    random.Random(4).shuffle(places)
     mixed = found(model.rack.model, base, [wanted[place] for place in places])
     for one, place in zip(mixed, places, strict=True):
         assert_same(one, alone[place], within=1e-5)

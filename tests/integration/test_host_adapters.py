@@ -86,7 +86,7 @@ def test_requests_for_many_adapters_and_none_share_a_micro_batch(
     host, spec = live.ready()[0].id, spec_of(base)
     plain = vectors(run(live, host, spec, [(text, None) for text in TEXTS]))
     wanted = [(at, name) for at in range(len(TEXTS)) for name in (None, *NAMES)]
-    random.Random(1).shuffle(wanted)  # noqa: S311 - no secret
+    random.Random(1).shuffle(wanted)
     found = vectors(run(live, host, spec, [(TEXTS[at], name and source(base, name)) for at, name in wanted]))
     right = np.stack([expected[name][at] for at, name in wanted])
     assert cosines(found, right).min() >= 0.9999
@@ -179,7 +179,7 @@ def test_a_storm_of_adapters_over_a_small_budget(
     spec = spec_of(base)
     live = starting(device_memory=int(3.5 * weights(base.parent / MANY[0], "adapter_model") / SHARE))
     host = live.ready()[0].id
-    dice = random.Random(2)  # noqa: S311 - no secret
+    dice = random.Random(2)
     for _ in range(4):
         wanted = [[(dice.randrange(len(TEXTS)), name) for name in (None, *MANY, *MANY)] for _ in range(3)]
         for one in wanted:

@@ -80,7 +80,7 @@ def test_scores_with_an_adapter_are_those_of_the_merged_model(folders: dict[str,
 def mixed(adapted: Any, expected: dict[str, np.ndarray[Any, Any]]) -> None:
     """Requests for both adapters in one micro-batch, in any order."""
     wanted = [(at, name) for at in range(len(PAIRS)) for name in "ab"]
-    random.Random(1).shuffle(wanted)  # noqa: S311 - no secret
+    random.Random(1).shuffle(wanted)
     requests = [requests_of([PAIRS[at]], options={"lora": name})[0] for at, name in wanted]
     found = [ranking[0]["score"] for ranking in answer(adapted, *requests)]
     np.testing.assert_allclose(found, [expected[name][at] for at, name in wanted], atol=1e-4)

@@ -109,7 +109,7 @@ def test_each_adapter_agrees_with_peft_whoever_is_in_the_pass(folder: Path) -> N
         assert apart > 0.01, "an adapter that changes nothing tells nothing"
     places = list(range(len(wanted)))
     for seed in range(2):
-        random.Random(seed).shuffle(places)  # noqa: S311 - no secret
+        random.Random(seed).shuffle(places)
         found = vectors(model.rack.model, [wanted[place] for place in places])
         assert_same(found, [alone[place] for place in places])
     assert model.rack.mixes, "they were run apart"
@@ -173,7 +173,7 @@ def test_texts_of_different_adapters_are_cut_over_pieces_of_logits(
     token_adapted: Path, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [(at, "document", name) for at in range(len(TEXTS)) for name in NAMES]
-    random.Random(3).shuffle(wanted)  # noqa: S311 - no secret
+    random.Random(3).shuffle(wanted)
     monkeypatch.setattr(sparse, "LOGITS", 7 * 200)
     found = vectors(load(token_adapted / base, *NAMES).rack.model, wanted)
     assert_agree(found, wanted, token_adapted / base)

@@ -94,11 +94,13 @@ class Stage:
         self.intake = Intake(IntakeLimits(100, 1000, 10**6))
         scheduler = Scheduler(BatchLimits(MAX_ITEMS, 10**6), Policy(gather_s=gather_s))
         ignored: Any = Ignored()
+        pool: Any = self.hosts  # the part of one that is used here
+        served: Any = Served()
         self.dispatcher = Dispatcher(
             intake=self.intake,
             scheduler=scheduler,
             link=ignored,
-            specs=Served(),  # type: ignore[arg-type]  # nobody here asks for a poll
+            specs=served,
             clock=FarmClock(),
             limits=DispatchLimits(MAX_ITEMS, 10**6, hang_floor_s=10**6, hang_unmeasured_s=10**6),
             settler=ignored,
@@ -106,7 +108,7 @@ class Stage:
             on_residency=lambda: None,
             runs_here=lambda _: True,
         )
-        self.dispatcher.hosts = self.hosts  # type: ignore[assignment]  # the part of a pool that is used here
+        self.dispatcher.hosts = pool
         for model, seconds in ((QUICK, QUICK_S), (SLOW, SLOW_S), (SLOWER, SLOW_S)):
             scheduler.pace.learn(_key(model), TOKENS, seconds)
         self.dispatcher.register(self.hub)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from workers.host.adapted import divided
-from workers.host.encoder import Encoder
+from workers.host.encoder import Encoder, set_attention
 from workers.host.packing import Pass
 
 
@@ -30,7 +30,7 @@ class AdaptedEncoder(Encoder):
 
 def with_adapters(base: Encoder, module: torch.nn.Module) -> AdaptedEncoder:
     """What runs a module with adapters as an encoder runs its own."""
-    module.set_attn_implementation(base.layout.attention)  # type: ignore[operator]  # it was copied amid any pass
+    set_attention(module, base.layout.attention)  # it was copied amid any pass
     pooler = getattr(module, "pooler", None)
     if pooler is not None:  # its result is not looked at, and of texts side by side it would see one token
         pooler.forward = _nothing

@@ -87,11 +87,11 @@ class Encoder:
         """
         ids = np.array([texts[row] for row in rows], dtype=np.int64)
         mask = (np.arange(ids.shape[1]) < np.array(seen)[:, None]).astype(np.int64)
-        self.module.set_attn_implementation(attention)  # type: ignore[operator]  # transformers' own
+        set_attention(self.module, attention)
         try:
             return self._forward({"input_ids": self._tensor(ids), "attention_mask": self._tensor(mask)})
         finally:
-            self.module.set_attn_implementation(self.layout.attention)  # type: ignore[operator]
+            set_attention(self.module, self.layout.attention)
 
     def _forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if "token_type_ids" in self.takes:
@@ -154,9 +154,14 @@ def in_format(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[tor
             yield parameter, parameter.data.to(dtype)
 
 
+def set_attention(module: Any, name: str) -> None:
+    """Let a module of transformers' run another attention, by its name there."""
+    module.set_attn_implementation(name)
+
+
 def encoder(module: torch.nn.Module, chosen: Layout, device: str) -> Encoder:
     """Make a module ready to run in a layout."""
-    module.set_attn_implementation(chosen.attention)  # type: ignore[operator]  # transformers' own
+    set_attention(module, chosen.attention)
     takes = frozenset(inspect.signature(module.forward).parameters)
     types = getattr(module.config, "type_vocab_size", 0)
     return Encoder(module.to(device), chosen, device, takes if types else takes - {"token_type_ids"})

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from config_db.spec import ModelSpec
-from workers.host.encoder import Encoder, Layout, encoder, plain_layout
+from workers.host.encoder import Encoder, Layout, encoder, plain_layout, set_attention
 from workers.host.families.adaptable import like
 from workers.host.families.opening import Opening, whole
 from workers.host.families.passes import pass_budget
@@ -87,7 +87,7 @@ def opening(
         try:
             return vectors(module, token_encoder(spec, bare, layout, device), texts)
         finally:
-            bare.set_attn_implementation(attention)  # type: ignore[operator]  # transformers' own
+            set_attention(bare, attention)
 
     return Opening(spec, files, weights, run, spec.trust.formats)
 
