@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from common.errors import BodyTooLargeError, ConfigError, DocumentError
-from config_db.families import FAMILIES
+from config_db.families import FAMILIES, left_open, misfits
 from config_db.field_paths import below
 from config_db.refusals import did_you_mean, refusal
 from config_db.spec import MODEL_ID, ModelSpec
@@ -200,10 +200,11 @@ def read_model(document: Any, *, families: Collection[str] = ()) -> ModelSpec:
     """
     if not isinstance(document, dict):
         raise ConfigError("a model is a mapping of fields")
-    spec = convert(document, ModelSpec)
+    spec = convert({**document, **left_open(document)}, ModelSpec)
     if not re.fullmatch(MODEL_ID, spec.id):
         raise ConfigError(f"id: {spec.id!r} holds a colon, which is kept for profiles", param="id")
-    if spec.family not in FAMILIES and spec.family not in families:
+    is_known = spec.family in FAMILIES or spec.family in families
+    if not is_known and spec.unsupported is None:  # what is not served may be of a kind that nothing here runs
         known = sorted({*FAMILIES, *families})
         raise ConfigError(f"family: there is no {spec.family!r}{did_you_mean(spec.family, known)}", param="family")
     for field, is_wanted, why in (
@@ -212,6 +213,8 @@ def read_model(document: Any, *, families: Collection[str] = ()) -> ModelSpec:
     ):
         if is_wanted:
             raise ConfigError(f"{field}: {why}", param=field)
+    for field, named, does in misfits(spec):
+        raise ConfigError(f"{field}: the family `{spec.family}` has {', '.join(does)}, not {named!r}", param=field)
     return spec
 
 

@@ -1,10 +1,11 @@
 """The kinds of models there are, and what each can do. ``workers.host.families`` has the code that runs them."""
 
-from collections.abc import Collection, Mapping
-from typing import Final
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from config_db.field_paths import below
 from config_db.spec import Input, ModelSpec, Operation, Output
 
 
@@ -18,6 +19,11 @@ class Family(msgspec.Struct, frozen=True):
     outputs: tuple[Output, ...]
     inputs: tuple[Input, ...] = ("text",)
     pairs_labels: bool = False
+
+    @property
+    def does(self) -> dict[str, tuple[str, ...]]:
+        """What it does, by the field of a spec that may name less of it."""
+        return {"operations": self.operations, "outputs": self.outputs, "inputs": self.inputs}
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
@@ -37,6 +43,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 
 
+_DEFAULTS: Final = {
+    field.name: frozenset(field.default)
+    for field in msgspec.structs.fields(ModelSpec)
+    if field.name in ("operations", "outputs", "inputs")
+}
+"""What a model does whose spec does not say."""
+
 ADAPTABLE: Final = frozenset(
     (
         "dense",
@@ -50,6 +63,45 @@ ADAPTABLE: Final = frozenset(
     )
 )
 """Families whose models take adapters."""
+
+
+class Misfit(NamedTuple):
+    """A field of a spec, by its path, that names what the model's family does not do; ``does``: what it does."""
+
+    field: str
+    named: str
+    does: Sequence[str]
+
+
+def left_open(document: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What a model's document need not say, since its family leaves no choice.
+
+    Operations, outputs and inputs that are not named are a family's own where the defaults of ``ModelSpec`` are none
+    of its: a reranker scores. Where they are (an image model takes texts), the defaults hold, so that a spec which
+    leaves them out reads the same wherever it came from.
+    """
+    name = document.get("family")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        return {}
+    return {
+        field: does
+        for field, does in family.does.items()
+        if field not in document and not _DEFAULTS[field].issubset(does)
+    }
+
+
+def misfits(spec: ModelSpec) -> Iterator[Misfit]:
+    """What a spec says of itself and its family does not do; nothing is known of families that are not built in."""
+    family = FAMILIES.get(spec.family)
+    if family is None:
+        return
+    does = {**family.does, "dims": family.outputs}
+    for at, part in [("", spec), *((f"{below('profiles', name)}.", one) for name, one in spec.profiles.items())]:
+        for field, fits in does.items():
+            yield from (
+                Misfit(f"{at}{field}", one, fits) for one in getattr(part, field, None) or () if one not in fits
+            )
 
 
 def takes_adapters(family: str) -> bool:

@@ -24,7 +24,7 @@ MEANINGS: Final[Mapping[str, Mapping[str, str]]] = {
         "source": "Where the weights are: exactly one of hub, bucket and path.",
         "aliases": "Further names; none may be a name of another model.",
         "description": "For people.",
-        "operations": "What it can be asked for.",
+        "operations": "What it can be asked for; what its family does unless set, encode if that is a choice.",
         "inputs": "What it can be given.",
         "matryoshka": "Smaller widths that its dense vectors were trained to be cut to.",
         "profiles": "Named variants, each served as <id>:<name>.",

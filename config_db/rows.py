@@ -8,6 +8,7 @@ import msgspec
 from msgspec import inspect
 
 from common.logs import get_logger
+from config_db.families import left_open
 from config_db.spec import ModelSpec
 
 log = get_logger("config_db")
@@ -69,7 +70,7 @@ def _as_now(content: Mapping[str, Any]) -> dict[str, Any]:
     placed = {field: spec.pop(field) for field in _PLACED if field in spec}
     if placed:
         spec["placement"] = {**placed, **spec.get("placement", {})}
-    return spec
+    return {**spec, **left_open(spec)}
 
 
 @cache

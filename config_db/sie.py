@@ -11,6 +11,7 @@ import msgspec
 
 from common.errors import ConfigError
 from config_db.documents import convert
+from config_db.families import FAMILIES
 from config_db.spec import DEFAULT_PROFILE, Name, Positive, Precision
 
 _OURS: Final = frozenset(("family", "source"))
@@ -142,7 +143,25 @@ def translate(document: Mapping[str, Any], *, places: Mapping[str, str] = _NO_PL
     if model.max_sequence_length is not None:
         fields["max_length"] = model.max_sequence_length
     fields |= _source(model) | _tasks(model.tasks, warnings) | _profiles(model.profiles, places, warnings)
+    _narrow(fields, warnings)
     return Translated(fields, tuple(warnings))
+
+
+def _narrow(fields: dict[str, Any], warnings: list[str]) -> None:
+    """Leave out what the family does not do: there the model's adapter does more than our family."""
+    family = FAMILIES.get(fields.get("family") or "")
+    if family is None:
+        return
+    for field, does in family.does.items():
+        beyond = [one for one in fields.get(field, ()) if one not in does]
+        if not beyond:
+            continue
+        warnings.append(_ignored(f"{field} {', '.join(beyond)}", f"the family `{fields['family']}` has none"))
+        fields[field] = [one for one in fields[field] if one in does]
+        if not fields[field]:
+            del fields[field]
+        if field == "outputs":
+            fields["dims"] = {one: width for one, width in fields["dims"].items() if one in does}
 
 
 def _source(model: _Model) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import msgspec
 
 from config_db.field_paths import below
 
-Operation = Literal["encode", "score", "extract"]
-Output = Literal["dense", "sparse", "multivector", "score", "json"]
+Operation = Literal["encode", "score", "extract", "generate"]
+Output = Literal["dense", "sparse", "multivector", "score", "json", "tokens"]
 Input = Literal["text", "image", "audio", "video", "document"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Pooling = Literal["mean", "cls", "max", "last", "mean_sqrt_len"]

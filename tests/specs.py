@@ -37,13 +37,17 @@ profiles = st.builds(
 def specs(draw: st.DrawFn) -> ModelSpec:
     """One model that a document could say."""
     while True:
+        name, family = draw(st.sampled_from(sorted(FAMILIES.items())))
         try:
             return ModelSpec(
                 id=draw(ids),
-                family=draw(st.sampled_from(sorted(FAMILIES))),
+                family=name,
                 source=draw(sources),
                 description=draw(st.none() | texts),
-                dims=draw(st.dictionaries(st.sampled_from(["dense", "sparse"]), st.integers(1, 10**6))),
+                operations=family.operations,
+                outputs=family.outputs,
+                inputs=draw(st.sampled_from([family.inputs, family.inputs[:1]])),
+                dims=draw(st.dictionaries(st.sampled_from(family.outputs), st.integers(1, 10**6))),
                 max_length=draw(positive),
                 normalize=draw(st.none() | st.booleans()),
                 prompts=draw(st.dictionaries(texts, texts, max_size=3)),

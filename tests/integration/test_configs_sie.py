@@ -129,6 +129,23 @@ def test_adapters_stand_for_families(
     assert (became["family"], became.get("operations"), became["outputs"]) == (family, operations, outputs)
 
 
+def test_what_our_family_does_not_do_is_left_out_and_told(web: Web) -> None:
+    document = {
+        "sie_id": "more/than-ours",
+        "hf_id": "more/than-ours",
+        "inputs": {"text": True, "image": True},
+        "tasks": {"encode": {"dense": {"dim": 8}, "multivector": {"dim": 4}}, "score": {}},
+        "profiles": {"default": {"adapter_path": "sie_server.adapters.sentence_transformer:A"}},
+    }
+    made = web.http.post(MODELS, json=document)
+    assert made.status_code == 201, made.text
+    for field, beyond in (("operations", "score"), ("outputs", "multivector"), ("inputs", "image")):
+        assert f"{field} {beyond} is ignored: the family `dense` has none" in made.json()["warnings"]
+    became = shown(web, "more/than-ours")
+    assert became["dims"] == {"dense": 8}
+    assert not {"operations", "outputs", "inputs"} & became.keys()
+
+
 def test_an_adapter_path_may_be_the_operator_s_own(web: Web) -> None:
     document = {
         "sie_id": "own/adapter",
