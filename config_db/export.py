@@ -31,8 +31,30 @@ FOLDERS: Final[Mapping[str, str]] = {
     "nli": "labels",
     "clip": "images",
     "siglip": "images",
+    "causal-lm": "generation",
+    "seq2seq-lm": "generation",
+    "docling": "documents",
+    "document-vlm": "documents",
+    "donut": "documents",
+    "florence-2": "documents",
+    "mineru": "documents",
+    "page-multivector": "pages",
+    "page-sparse": "pages",
+    "vlm-embedder": "pages",
+    "vlm-reranker": "pages",
+    "context-pruner": "extraction",
+    "extractor-union": "extraction",
+    "gliformer": "extraction",
+    "glirel": "extraction",
+    "laya": "extraction",
+    "grounding-dino": "detection",
+    "owlv2": "detection",
+    "sam": "detection",
+    "parakeet": "speech",
+    "whisper": "speech",
 }
-"""Where a person looks for models of each family; those of other families stand in a folder of its name."""
+"""Where a person looks for models of each family, those of the catalogue that nothing here runs among them; models of
+other families stand in a folder of its name."""
 _LONGEST_NAME: Final = 200
 _UNFOLDED: Final = 1 << 30
 _NUMBER_ELSEWHERE: Final = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|0o[0-7]+|0x[\da-fA-F]+")
