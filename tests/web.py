@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from tests.live import LiveFarm
 from tests.services import free_port, spawn, wait_until
 
 
@@ -53,6 +54,11 @@ def start_web(
 
     wait_until(answers, 20, "gunicorn to answer")
     return web
+
+
+def start_web_of(farm: LiveFarm, **settings: str) -> Web:
+    """The real API over a farm's Redis and config DB."""
+    return start_web(farm.redis_url, farm.directory, (), DATABASE_URL=farm.database_url, **settings)
 
 
 def stop_web(web: Web) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tasks import names
 from tests.live import FAKE, LiveFarm, fake_spec
 from tests.services import wait_until
-from tests.web import start_web, stop_web
+from tests.web import start_web_of, stop_web
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def live(redis_url: str, database_url: str, tmp_path: Path) -> Iterator[LiveFarm
 
 @pytest.mark.parametrize(("point", "written"), [("web.before_publish", 0), ("web.published", 1), ("web.reply_read", 1)])
 def test_a_web_process_that_dies_at_a_step(live: LiveFarm, point: str, written: int) -> None:
-    web = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url, FAULT=point)
+    web = start_web_of(live, FAULT=point)
     with pytest.raises(httpx.TransportError):
         web.http.post(f"/v1/encode/{FAKE}", json={"items": [{"text": "x"}]})
     wait_until(lambda: not live.redis.exists(names.OPEN) and live.waiting() == 0, 10, "the request to be settled")
@@ -38,7 +38,7 @@ def test_a_web_process_that_dies_at_a_step(live: LiveFarm, point: str, written: 
 
 def test_a_request_goes_all_the_way_through_the_real_farm(live: LiveFarm) -> None:
     """Web, Redis, Celery worker, host and back: at once, as a task, cancelled, and refused."""
-    web = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url)
+    web = start_web_of(live)
     wait_until(lambda: web.http.get("/readyz").status_code == 200, 10, "the farm to be ready")
     url = f"/v1/encode/{FAKE}"
     answer = web.http.post(url, json={"items": [{"text": "x", "id": "i"}]})
@@ -60,7 +60,7 @@ def test_a_request_goes_all_the_way_through_the_real_farm(live: LiveFarm) -> Non
 
 
 def test_a_caller_that_goes_away_leaves_nothing_behind(live: LiveFarm) -> None:
-    web = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url)
+    web = start_web_of(live)
     with pytest.raises(httpx.ReadTimeout):
         web.http.post(f"/v1/encode/{FAKE}", json={"items": [{"text": "!sleep:1"}]}, timeout=0.3)
     live.assert_settled()
@@ -71,7 +71,7 @@ def test_a_caller_that_goes_away_leaves_nothing_behind(live: LiveFarm) -> None:
 
 def test_what_a_caller_has_left_is_never_computed_unless_it_was_running(live: LiveFarm) -> None:
     """Two micro-batches keep the host busy; what waits behind them would end it, were it computed."""
-    web = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url)
+    web = start_web_of(live)
     url, worker = f"/v1/encode/{FAKE}", live.workers[0]
     hosts = worker.host_pids()
     with ThreadPoolExecutor(1) as pool:
@@ -95,13 +95,13 @@ def test_a_retry_after_the_death_of_a_web_process_finds_what_was_published(
 ) -> None:
     """By the idempotency key that both tries carry; what was published is computed once."""
     request = {"json": {"items": [{"text": "x"}]}, "headers": {"Idempotency-Key": "k"}}
-    dies = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url, FAULT=point)
+    dies = start_web_of(live, FAULT=point)
     with pytest.raises(httpx.TransportError):
         dies.http.post(f"/v1/encode/{FAKE}", **request)
     dies.process.kill()
     dies.process.wait(10)
     dies.http.close()
-    web = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url)
+    web = start_web_of(live)
     retried = web.http.post(f"/v1/encode/{FAKE}", **request)
     assert (retried.status_code, "Idempotency-Replayed" in retried.headers) == (200, is_replayed)
     assert len(live.redis.keys("farm:task:*")) == 1

@@ -10,7 +10,7 @@ import pytest
 from config_db.spec import ModelSpec, Source
 from tests.live import FAKE, LiveFarm, fake_spec
 from tests.services import ROOT, free_port
-from tests.web import gunicorn, start_web, stop_web
+from tests.web import gunicorn, start_web_of, stop_web
 
 TOKEN, ADMIN, WRONG = "tok-0123456789abcdef", "adm-0123456789abcdef", "wro-0123456789abcdef"
 ENVIRONMENT = {
@@ -39,7 +39,7 @@ def test_secrets_stand_nowhere(live: LiveFarm) -> None:
     passwords = [word for url in (live.redis_url, live.database_url) if (word := urlsplit(url).password)]
     assert passwords
     settings = {"AUTH": "static", "AUTH_TOKENS": TOKEN, "AUTH_ADMIN_TOKENS": ADMIN, "LOG_LEVEL": "DEBUG"}
-    web = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url, **settings)
+    web = start_web_of(live, **settings)
     said = []
     for token in (TOKEN, ADMIN, WRONG):
         bearer = {"Authorization": f"Bearer {token}"}

@@ -11,12 +11,14 @@ from sqlalchemy.orm import Session
 
 from config_db.engine import open_engine
 from config_db.reader import SnapshotReader
+from tasks.client import FarmClient
 from tests.config_writes import RARELY_S
 from tests.hosts import LivePool, starting_pools
 from tests.live import LiveFarm, fake_spec
 from tests.lora import make_adapted
 from tests.rerankers import make_causal_rerankers, make_cross_encoders
 from tests.services import PostgresServer, RedisServer
+from tests.standin import StandIn
 from tests.token_lora import make_token_adapters
 from tests.web import Web, start_web, stop_web
 
@@ -44,6 +46,31 @@ def reader(database_url: str) -> Iterator[SnapshotReader]:
     made = SnapshotReader(database_url, poll_s=RARELY_S, copy_path=None)
     yield made
     made.stop()
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[FarmClient]:
+    """What the web puts requests into the queues with; a thousand may wait."""
+    made = FarmClient(redis_url, queue_limit=1000, result_ttl_s=600)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def standin(redis_url: str) -> Iterator[StandIn]:
+    """A worker as Redis knows one; it serves once it is started."""
+    made = StandIn(redis_url).tell()
+    yield made
+    made.stop()
+    made.redis.close()
+
+
+@pytest.fixture(scope="module")
+def web(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    """The API alone, with one model; whoever serves is the test's."""
+    made = start_web(redis_server.url, tmp_path_factory.mktemp("web"))
+    yield made
+    stop_web(made)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,6 @@ from tests.standin import QUEUE, StandIn, Taken, vector_of
 from tests.web import Web, start_web, stop_web
 
 Leave = Callable[[socket.socket], None]
-
-
-@pytest.fixture(scope="module")
-def web(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
-    web = start_web(redis_server.url, tmp_path_factory.mktemp("web"))
-    yield web
-    stop_web(web)
-
-
-@pytest.fixture
-def standin(redis_url: str) -> Iterator[StandIn]:
-    standin = StandIn(redis_url).tell()
-    yield standin
-    standin.stop()
-    standin.redis.close()
 
 
 def asking(text: str, path: str = "/v1/encode/org/m", **body: Any) -> bytes:

@@ -51,21 +51,6 @@ def vectors(outcome: Any) -> list[list[float]]:
     return [codec.array_of(item["dense"]["values"]).tolist() for item in codec.unpack(outcome.result)]
 
 
-@pytest.fixture
-def client(redis_url: str) -> Iterator[FarmClient]:
-    client = FarmClient(redis_url, queue_limit=1000, result_ttl_s=600)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def standin(redis_url: str) -> Iterator[StandIn]:
-    standin = StandIn(redis_url)
-    yield standin
-    standin.stop()
-    standin.redis.close()
-
-
 def in_thread(function: Any, *args: Any) -> "tuple[threading.Thread, list[Any]]":
     """Run in a thread; the list receives what it returned or raised."""
     results: list[Any] = []

@@ -231,13 +231,6 @@ def test_redis_away_is_a_degraded_farm_without_workers(own_redis: RedisServer, t
 # -- who sees what, in one process ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def client(redis_url: str) -> Iterator[FarmClient]:
-    client = FarmClient(redis_url, queue_limit=10, result_ttl_s=60)
-    yield client
-    client.close()
-
-
 def test_a_tenant_sees_its_own(client: FarmClient, redis_url: str) -> None:
     mine, theirs, common = (
         ModelSpec(id=f"org/{name}", family="dense", source=Source(path="/"), access=Access(tenants=tenants))

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,13 +30,6 @@ from tests.standin import StandIn
 from tests.web import start_web, stop_web
 from webapp.bundles import bundle_status
 from webapp.fleet import Fleet, ProcessEpoch, has_converged
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[FarmClient]:
-    made = FarmClient(redis_url, queue_limit=10, result_ttl_s=60)
-    yield made
-    made.close()
 
 
 def epoch_of(worker: LiveWorker) -> int:

@@ -25,13 +25,6 @@ def servers(redis_url: str, database_url: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[FarmClient]:
-    made = FarmClient(redis_url, queue_limit=1, result_ttl_s=1)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def start(redis_url: str, database_url: str, tmp_path: Path, client: FarmClient) -> Iterator[Callable[[], Web]]:
     """Starts a real API, and returns it when it has told which epoch it serves."""
     started: list[Web] = []

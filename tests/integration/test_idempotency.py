@@ -27,26 +27,11 @@ from tasks.once import KEPT_S, once
 from tests.integration.test_client import call_for, vectors
 from tests.services import RedisServer, wait_until
 from tests.standin import QUEUE, StandIn, vector_of
-from tests.web import Web, start_web, stop_web
+from tests.web import Web
 
 KEY = {"Idempotency-Key": "order-17"}
 ENCODE = ("/v1/encode/org/m", {"items": [{"text": "a"}]})
 INFER = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}
-
-
-@pytest.fixture(scope="module")
-def web(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
-    web = start_web(redis_server.url, tmp_path_factory.mktemp("web"))
-    yield web
-    stop_web(web)
-
-
-@pytest.fixture
-def standin(redis_url: str) -> Iterator[StandIn]:
-    standin = StandIn(redis_url).tell()
-    yield standin
-    standin.stop()
-    standin.redis.close()
 
 
 @pytest.fixture

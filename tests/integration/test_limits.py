@@ -1,6 +1,5 @@
 """Admission against a real Redis: what is over a limit is refused before it is published, and slots come back."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -26,21 +25,6 @@ from tests.services import wait_until
 from tests.standin import ASYNC_QUEUE, QUEUE, StandIn
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[FarmClient]:
-    client = FarmClient(redis_url, queue_limit=1000, result_ttl_s=600)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def standin(redis_url: str) -> Iterator[StandIn]:
-    standin = StandIn(redis_url)
-    yield standin
-    standin.stop()
-    standin.redis.close()
 
 
 def bounded(lane: Lane = Lane.STANDARD, *, tenant: str = "a", tokens: int = 1, per_minute: int = 0) -> Call:

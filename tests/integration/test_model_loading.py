@@ -11,7 +11,7 @@ from config_db.spec import Limits
 from tests.fakes.family import PLACE
 from tests.live import LiveFarm, fake_spec
 from tests.services import PostgresServer, RedisServer, wait_until
-from tests.web import Web, start_web, stop_web
+from tests.web import Web, start_web_of, stop_web
 
 LOAD_S = 3.0
 
@@ -37,7 +37,7 @@ def farm(
 
 @pytest.fixture(scope="module")
 def web(farm: LiveFarm) -> Iterator[Web]:
-    web = start_web(farm.redis_url, farm.directory, (), DATABASE_URL=farm.database_url, EXTRA_FAMILIES=f"fake={PLACE}")
+    web = start_web_of(farm, EXTRA_FAMILIES=f"fake={PLACE}")
     yield web
     stop_web(web)
 

@@ -22,7 +22,7 @@ from tests.integration.test_client import call_for, vectors
 from tests.live import FAKE, LiveFarm, fake_spec
 from tests.services import PostgresServer, RedisServer, wait_until
 from tests.standin import StandIn, vector_of
-from tests.web import Web, start_web, stop_web
+from tests.web import Web, start_web_of, stop_web
 from tests.weights import KEYS, BucketServer, serving_buckets
 from workers.aside import Aside
 
@@ -79,7 +79,7 @@ def served(
     live.add_models(fake_spec(), fake_spec(WIDE, dim=WIDTH))
     live.start_worker(object_store=bucket.uri, object_store_endpoint=bucket.url)
     settings = {"OBJECT_STORE": bucket.uri, "OBJECT_STORE_ENDPOINT": bucket.url}
-    web = start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url, **settings)
+    web = start_web_of(live, **settings)
     yield Served(live, web, bucket)
     stop_web(web)
     live.close()

@@ -20,7 +20,7 @@ from config_db.spec import Limits
 from tasks import names
 from tests.live import LiveFarm, fake_spec
 from tests.services import PostgresServer, RedisServer, wait_until
-from tests.web import Web, start_web, stop_web
+from tests.web import Web, start_web_of, stop_web
 
 WHO: Any = {"actor": "test", "reason": "test"}
 ITEM_MS = 40
@@ -41,7 +41,7 @@ def live(
 
 
 def start(live: LiveFarm) -> Web:
-    return start_web(live.redis_url, live.directory, (), DATABASE_URL=live.database_url, CONFIG_POLL_S="0.2")
+    return start_web_of(live, CONFIG_POLL_S="0.2")
 
 
 @pytest.fixture(scope="module")

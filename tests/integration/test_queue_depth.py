@@ -20,7 +20,7 @@ from tests.integration.test_settling import LONG_AGO_S, now
 from tests.live import POOL, PROFILE, LiveFarm, fake_spec
 from tests.services import PostgresServer, RedisServer, wait_until
 from tests.standin import QUEUE, StandIn
-from tests.web import Web, start_web, stop_web
+from tests.web import Web, start_web_of, stop_web
 
 LASTS_MS = 40_000
 """Longer than its test."""
@@ -39,7 +39,7 @@ def farm(
 
 @pytest.fixture(scope="module")
 def web(farm: LiveFarm) -> Iterator[Web]:
-    web = start_web(farm.redis_url, farm.directory, (), DATABASE_URL=farm.database_url, EXTRA_FAMILIES=f"fake={PLACE}")
+    web = start_web_of(farm, EXTRA_FAMILIES=f"fake={PLACE}")
     yield web
     stop_web(web)
 

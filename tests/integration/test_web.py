@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,21 +24,6 @@ from tests.web import Web, gunicorn, start_web, stop_web
 
 MSGPACK = "application/msgpack"
 AS_JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def web(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
-    web = start_web(redis_server.url, tmp_path_factory.mktemp("web"))
-    yield web
-    stop_web(web)
-
-
-@pytest.fixture
-def standin(redis_url: str) -> Iterator[StandIn]:
-    standin = StandIn(redis_url).tell()
-    yield standin
-    standin.stop()
-    standin.redis.close()
 
 
 def test_an_encode_is_answered_in_json(web: Web, standin: StandIn) -> None:
