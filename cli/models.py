@@ -10,6 +10,7 @@ from cli.config import DataDir
 from cli.screen import Screen
 from cli.weights import Transfer, ask
 from common.errors import SetupError
+from config_db.families import why_unsupported
 from config_db.spec import plain
 
 app = typer.Typer(help="What is served, and its weights on this machine.", invoke_without_command=True)
@@ -26,13 +27,26 @@ def models(context: typer.Context, data_dir: DataDir = local_farm.DATA_DIR) -> N
 
 
 @app.command("list")
-def show(data_dir: DataDir = local_farm.DATA_DIR) -> None:
+def show(
+    data_dir: DataDir = local_farm.DATA_DIR,
+    unsupported: Annotated[bool, typer.Option(help="list what is known and cannot be served, and why")] = False,
+) -> None:
     """List what is served."""
     from cli import catalogue
 
     specs = catalogue.published(local_farm.database_url(data_dir))
-    rows = [(spec.id, spec.family, ",".join(spec.operations), str(spec.source)) for spec in specs]
-    Screen().table(("model", "family", "operations", "source"), rows)
+    refused = [(spec.id, spec.family, why) for spec in specs if (why := why_unsupported(spec)) is not None]
+    screen = Screen()
+    if unsupported:
+        screen.table(("model", "family", "why it cannot be served"), refused)
+        return
+    without = {model for model, _, _ in refused}
+    rows = [
+        (spec.id, spec.family, ",".join(spec.operations), str(spec.source)) for spec in specs if spec.id not in without
+    ]
+    screen.table(("model", "family", "operations", "source"), rows)
+    if refused:
+        screen.note(f"{len(refused)} more cannot be served: `farmhand models list --unsupported` says why")
 
 
 @app.command()
@@ -103,6 +117,9 @@ def _asked(name: str, data_dir: Any) -> dict[str, Any]:
     from cli import catalogue
 
     spec = catalogue.find(local_farm.database_url(data_dir), name)
+    why = why_unsupported(spec)
+    if why is not None:
+        raise SetupError(f"model {name!r} cannot be served: {why}")
     return {"source": plain(spec.source), "formats": spec.trust.formats}
 
 

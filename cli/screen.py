@@ -48,10 +48,10 @@ class Screen:
         """Something that the operator should look at, beside what the command says."""
         self._err.print(Text.assemble(("warning: ", "bold yellow"), line))
 
+    def note(self, line: str) -> None:
+        """What a person may want to know besides; no part of what another program reads."""
+        self._err.print(Text(line, style="dim"))
+
     def failed(self, line: str) -> None:
         """Why the command ends."""
         self._err.print(Text.assemble(("error: ", "bold red"), line))
-
-    def aside(self, line: str) -> None:
-        """Detail under a failure."""
-        self._err.print(Text(f"  {line}", style="dim"))

@@ -51,6 +51,24 @@ def test_a_served_model_is_fetched_listed_and_removed(here: dict[str, str], tmp_
     assert farmhand("models", "cache", **here).stdout == ""
 
 
+def test_what_cannot_be_served_is_listed_apart_and_not_fetched(
+    here: dict[str, str], tmp_path: Path, database_url: str
+) -> None:
+    refused = "- {id: org/hears, family: whisper, source: {hub: org/hears}, unsupported: nothing hears here}\n"
+    (tmp_path / "catalogue").mkdir()
+    (tmp_path / "catalogue" / "models.yaml").write_text(CATALOGUE + refused)
+    here["FARMHAND_DATABASE_URL"] = database_url
+    farmhand("config", "apply", str(tmp_path / "catalogue"), **here)
+    listed = farmhand("models", **here)
+    assert listed.stdout == f"tiny\tdense\tencode\t{SOURCE}\n"
+    assert "1 more cannot be served: " in listed.stderr
+    told = farmhand("models", "list", "--unsupported", **here)
+    assert told.stdout == "org/hears\twhisper\tnothing hears here\n"
+    fetched = farmhand("models", "prefetch", "org/hears", **here)
+    assert fetched.returncode == 1
+    assert "cannot be served: nothing hears here" in fetched.stderr
+
+
 def test_pruning_keeps_what_is_in_use_and_as_much_as_is_asked(
     hub: HubStandIn, here: dict[str, str], tmp_path: Path
 ) -> None:
