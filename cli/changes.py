@@ -60,9 +60,11 @@ def _lines(changes: Sequence[RowChange]) -> Iterator[tuple[str, str]]:
     for change in changes:
         sign, style = _SIGNS[change.action]
         yield f"{sign} {change.kind} {change.name}{_in_short(change)}", style
-        if change.action == "changed":
-            for field in change.fields:
+        for field in change.fields:
+            if change.action == "changed":
                 yield f"    {field.path}: {_shown(field.old)} -> {_shown(field.new)}", style
+            elif change.action == "added" and change.kind != "model":  # of a model, a line says the most of it
+                yield f"    {field.path}: {_shown(field.new)}", style
 
 
 def _in_short(change: RowChange) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from sqlalchemy.orm import Session
@@ -14,9 +14,11 @@ from config_db.export import file_paths, model_yaml, ordered, to_yaml
 from config_db.json_schema import schema_text
 from config_db.owners import belongs_in_files
 from config_db.publish import live
-from config_db.rows import newer_fields, read_row, read_row_as
+from config_db.rows import newer_fields, read_row_as
 from config_db.schema import Kind
 from config_db.spec import ModelSpec
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 SCHEMA_FILE: Final = "model.schema.json"
 _KINDS: Final[Mapping[Kind, type[msgspec.Struct]]] = {"model": ModelSpec, "pool": PoolSpec, "tenant": TenantSpec}
@@ -32,7 +34,7 @@ def render(session: Session, *, with_schema: bool = False) -> dict[PurePosixPath
     Raises:
         SetupError: a row holds what this release cannot write.
     """
-    specs = {name: read_row(name, content) for name, content in _rows(session, "model")}
+    specs = {name: _read(ModelSpec, "model", name, content) for name, content in _rows(session, "model")}
     paths = file_paths(specs.values())
     files = {}
     for name, spec in specs.items():
@@ -91,9 +93,18 @@ def _rows(session: Session, kind: Kind) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, content
 
 
+def _read(shape: type[T], kind: Kind, name: str, content: Mapping[str, Any]) -> T:
+    """One row as a spec; SetupError if it is none to this release."""
+    try:
+        return read_row_as(shape, name, content)
+    except msgspec.ValidationError as error:
+        what = f"{kind} {name} was written in a way that this release cannot read"
+        raise SetupError(f"{what}: {error}; write it anew, or delete it") from error
+
+
 def _part(kind: Kind, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """One row as it stands in a section."""
-    part: dict[str, Any] = ordered(read_row_as(_KINDS[kind], name, content) if kind in _KINDS else content)
+    part: dict[str, Any] = ordered(_read(_KINDS[kind], kind, name, content) if kind in _KINDS else content)
     if kind == "pool":
         part.pop(STAMPED, None)
     return part

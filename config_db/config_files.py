@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from common.errors import ConfigError, FarmError, SetupError
+from config_db import auto, retention
 from config_db.access import PoolNamed, PoolSpec, TenantNamed, TenantSpec
 from config_db.documents import convert, parse, read_model
 from config_db.field_paths import joined
@@ -27,6 +28,8 @@ MAX_FILE_BYTES: Final = 16 << 20
 SECTIONS: Final[Mapping[str, Kind]] = {"models": "model", "pools": "pool", "tenants": "tenant", "settings": "setting"}
 STAMPED: Final = "created_at"
 """Set by the farm when a pool is made; no file says it."""
+SETTINGS: Final[Mapping[str, type[msgspec.Struct]]] = {auto.SETTING: auto.Allow, retention.SETTING: retention.Keep}
+"""What the settings that this release reads hold; another one may read others."""
 _SETTING_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 
 
@@ -173,6 +176,8 @@ def _read_setting(name: str, document: Any) -> dict[str, Any]:
         raise ConfigError("this is no name of a setting")
     if not isinstance(document, dict):
         raise ConfigError("a setting is a mapping of fields")
+    if name in SETTINGS:  # whoever reads it makes do without one that is broken, and says so in a log only
+        convert(document, SETTINGS[name])
     return document
 
 

@@ -71,9 +71,14 @@ def parse(raw: bytes, *, max_bytes: int = MAX_DOCUMENT_BYTES) -> Any:
 def _parse_json(text: str) -> Any:
     """The content if it is JSON, else None. YAML takes most JSON, but not its escapes of letters beyond 16 bits."""
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=_unique, parse_int=_read_int)
     except json.JSONDecodeError:
         return None
+
+
+def _read_int(digits: str) -> int | float:
+    """Python makes no int of thousands of digits; as a float it is refused further on, where its path is known."""
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

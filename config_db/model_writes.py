@@ -16,6 +16,7 @@ from config_db.diff import differences, is_same
 from config_db.documents import read_model
 from config_db.epochs import lock_epoch
 from config_db.publish import Delete, Published, Put, live, publish
+from config_db.refusals import in_words
 from config_db.rows import newer_fields, read_row
 from config_db.spec import DEFAULT_PROFILE, FieldError, ModelId, ModelSpec, check_id, plain
 
@@ -58,7 +59,9 @@ def check_model_id(name: str) -> str:
         msgspec.convert(name, ModelId)
         check_id("model_id", name)
     except (msgspec.ValidationError, FieldError) as error:
-        raise RequestError(f"{name[:200]!r} cannot be the id of a model: {error}", param="model_id") from error
+        what = in_words(str(error))
+        message = f"{name[:200]!r} cannot be the id of a model: {what[:1].lower()}{what[1:]}"
+        raise RequestError(message, param="model_id") from error
     return name
 
 

@@ -186,5 +186,13 @@ def _check_names(session: Session, changed: Mapping[str, Mapping[str, Any] | Non
         for alias in aliases:
             owner = owners.setdefault(alias, name)
             if owner != name:
-                at = "aliases" if name in changed else None
-                raise ConfigError(f"model {name!r}: the alias {alias!r} is a name of model {owner!r} already", param=at)
+                raise _name_taken(alias, name, owner, changed)
+
+
+def _name_taken(alias: str, name: str, owner: str, changed: Mapping[str, object]) -> ConfigError:
+    """What to tell whoever writes one of two models that would share a name: of the model that they write."""
+    if name in changed or alias != owner:
+        written, other = (name, owner) if name in changed else (owner, name)
+        message = f"model {written!r}: the alias {alias!r} is a name of model {other!r} already"
+        return ConfigError(message, param="aliases")
+    return ConfigError(f"model {owner!r}: its id is an alias of model {name!r} already", param="id")

@@ -326,8 +326,9 @@ def _plain(value: Any) -> Any:
 
 def check_id(field: str, name: str) -> None:
     """FieldError for an id or alias that has the letters of one and still cannot be a model's."""
-    if ".." in name or "//" in name or name.endswith("/"):
-        raise FieldError(field, f"the name {name!r} is no plain path: it holds '..', or one of its parts is empty")
+    if ".." in name or not {"", "."}.isdisjoint(name.split("/")):  # clients take '/./' out of an address
+        what = "it holds '..', or one of its parts is empty or '.'"
+        raise FieldError(field, f"the name {name!r} is no plain path: {what}")
     if _RESERVED_END.search(name):
         raise FieldError(field, f"the last part of the name {name!r} is 'status', which is a route of the API")
 

@@ -22,8 +22,6 @@ REACHED_WITHIN_S: Final = 4.0
 """A database that cannot be reached in this time, or has no connection to spare for so long, is taken to be away."""
 DONE_WITHIN_S: Final = 30.0
 """The longest that one change or one reading may take."""
-ANYBODY: Final = "anonymous"
-"""Whose idempotency keys these are while callers need no API key."""
 _EXTENSION: Final = "farmhand.config_store"
 
 
@@ -46,11 +44,12 @@ class ConfigStore:
                 session.execute(text(f"set local lock_timeout = {int(REACHED_WITHIN_S * 1000)}"))
             yield session
 
-    def write(self, change: Callable[[Session], Answer], *, key: str | None, digest: bytes) -> Answer:
+    def write(self, change: Callable[[Session], Answer], *, scope: str, key: str | None, digest: bytes) -> Answer:
         """Make one change and return its answer; under an idempotency key, once.
 
         Args:
             change: makes it in the session that it is given.
+            scope: who writes; the idempotency keys of others are other keys.
             key: the idempotency key, if there is one.
             digest: of all that makes this write the one it is.
 
@@ -61,7 +60,7 @@ class ConfigStore:
         with self.change() as session:
             if key is None:
                 return change(session)
-            return once(session, scope=ANYBODY, key=key, request=digest, write=partial(change, session))
+            return once(session, scope=scope, key=key, request=digest, write=partial(change, session))
 
     @contextmanager
     def read(self) -> Iterator[Session]:

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from config_db.idempotency import Answer
 from config_db.model_writes import Intent
+from webapp.auth.principals import principal
 from webapp.config_store import config_store
 from webapp.farm import Farm, farm
 from webapp.wire import configs as wire
@@ -33,7 +34,9 @@ def write(incoming: Incoming, change: Callable[[Session, Intent], Answer]) -> Re
         IdempotencyError: the key was used for another write.
     """
     intent, key = wire.read_intent(), read_idempotency_key()
-    answer = config_store().write(lambda session: change(session, intent), key=key, digest=incoming.digest)
+    answer = config_store().write(
+        lambda session: change(session, intent), scope=principal().name, key=key, digest=incoming.digest
+    )
     _catch_up(farm(), wire.epoch_of(answer))
     return wire.written(answer)
 

@@ -83,6 +83,22 @@ def test_a_plan_says_what_apply_would_do(config: Config, catalogue: Path) -> Non
     assert config.says("apply", catalogue, "--prune") == ["epoch 3: 0 added, 0 changed, 0 removed"]
 
 
+def test_a_plan_says_what_is_in_new_tenants_pools_and_settings(config: Config, catalogue: Path) -> None:
+    (catalogue / "rest.yaml").write_text(
+        "tenants: {acme: {weight: 2}}\npools: {gold: {machine_profiles: {l4: 2}, tenant: acme}}\n"
+        "settings: {catalog.allow: {patterns: ['*']}}\n"
+    )
+    assert config("plan", catalogue).stdout.splitlines()[2:-1] == [
+        "+ pool gold",
+        "    machine_profiles.l4: 2",
+        '    tenant: "acme"',
+        "+ tenant acme",
+        "    weight: 2.0",
+        "+ setting catalog.allow",
+        '    patterns: ["*"]',
+    ]
+
+
 def test_a_plan_warns_of_local_models_where_no_worker_may_look(config: Config, catalogue: Path) -> None:
     config.environment["FARMHAND_MODEL_DIRS"] = "/srv:/models"
     assert config("plan", catalogue).stderr == ""

@@ -203,6 +203,17 @@ def test_scopes_and_classes_are_kept_to(web: Web, ring: KeyRing) -> None:
     assert ask(web, batch.key, **below).status_code == 202
 
 
+def test_idempotency_keys_of_config_writes_are_the_caller_s_own(web: Web, ring: KeyRing) -> None:
+    """Two pipelines that both count from 1 do not meet."""
+    for at, key in enumerate([ring.create(scopes=("infer", "config")) for _ in range(2)]):
+        opens(web, key)
+        spec = {"model_id": f"org/new-{at}", "family": "dense", "source": {"hub": "org/new"}}
+        headers = {**bearer(key), "Idempotency-Key": "1"}
+        answers = [web.http.post("/v1/configs/models", json=spec, headers=headers) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [201, 201]
+        assert "Idempotency-Replayed" in answers[1].headers
+
+
 def test_a_tenant_sees_its_own_models_and_tasks_only(web: Web, ring: KeyRing) -> None:
     acme, other = ring.create("acme"), ring.create("other")
     opens(web, other)

@@ -85,7 +85,7 @@ def test_a_document_that_cannot_be_read(web: Web, body: Any, says: str) -> None:
         ("{}", "model_id", "required"),
         ('{"id": 7}', "id", "text"),
         ('{"id": "bad/m"}', "family", "required"),
-        (with_fields(id="good/alias"), None, "good/alias"),
+        (with_fields(id="good/alias"), "id", "good/alias"),
     ],
 )
 def test_a_document_that_is_no_model(web: Web, body: str, param: str | None, says: str) -> None:
@@ -99,6 +99,24 @@ def test_a_document_that_is_no_model(web: Web, body: str, param: str | None, say
     assert refused.json()["detail"]["details"][0]["message"] == error["message"]
 
 
+def test_a_name_that_another_model_has_is_the_writer_s_fault(started: Web) -> None:
+    """Whichever of the two rows the config DB finds first."""
+    twins = [f"twin/{at}" for at in range(2)]
+    for model in twins:
+        assert started.http.put(f"{MODELS}/{model}", content=with_fields(id=model, aliases=[f"{model}a"])).is_success
+    before = started.http.get("/v1/configs/epoch").json()
+    for model, other in (twins, reversed(twins)):
+        refused = started.http.patch(f"{MODELS}/{model}", json={"aliases": [f"{other}a"]})
+        assert (refused.status_code, refused.json()["error"].get("param")) == (422, "aliases")
+        assert refused.json()["error"]["message"].startswith(f"model '{model}'")
+    assert started.http.get("/v1/configs/epoch").json() == before
+
+
+def test_a_number_of_any_length_names_its_field(web: Web) -> None:
+    refused = web.http.post(MODELS, content=with_fields(limits={"max_items": 5}).replace("5", "9" * 5000))
+    assert (refused.status_code, refused.json()["error"].get("param")) == (400, "limits.max_items")
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -107,6 +125,8 @@ def test_a_document_that_is_no_model(web: Web, body: str, param: str | None, say
         "/etc/passwd",
         "-m",
         "a//b",
+        "a/./b",
+        "a/.",
         "a/",
         "a b",
         "a\nb",
@@ -124,6 +144,7 @@ def test_an_id_that_is_a_trick(web: Web, model: str) -> None:
     if "\0" not in model:
         assert refused.json()["error"]["param"] == "model_id"
         assert refused.json()["detail"]["error"] == "invalid_model_id"
+    assert "regex" not in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,16 @@ def resolve(web: Web, **body: Any) -> httpx.Response:
     return web.http.post("/v1/configs/resolve", json=body)
 
 
+@pytest.mark.parametrize("key", ["model_id", "sie_id"])
+def test_the_name_may_stand_where_an_id_does(web: Web, key: str) -> None:
+    assert resolve(web, **{key: "short"}).json() == resolve(web, model="short").json()
+
+
 def test_what_cannot_be_resolved(web: Web) -> None:
     assert resolve(web, model="not/there").json()["detail"]["error"] == "model_not_found"
     for conflict in (resolve(web, model="org/m", bundle="other"), resolve(web, model="other:/org/m")):
         assert (conflict.status_code, conflict.json()["detail"]["compatible_bundles"]) == (409, ["default"])
+        assert conflict.json()["detail"]["error"] == "bundle_conflict"
     assert resolve(web, model=3).json()["error"]["param"] == "model"
     refused = {"id": "refused/m", "family": "clip", "source": {"hub": "x"}, "unsupported": "needs code of its own"}
     web.http.post(MODELS, json=refused)

@@ -96,12 +96,12 @@ def test_pools_tenants_and_settings_are_exported_and_keys_are_not(
         tenants.put(session, "acme", TenantSpec(weight=2.5, note="größer"), **WHO)
         pools.create(session, "gold", PoolSpec(machine_profiles={"l4": 2, "cpu": 1}, tenant="acme"), **WHO)
         pools.create(session, "leased", PoolSpec(machine_profiles={"cpu": 1}, expires_at=ends), **WHO)
-        publish(session, [Put("setting", "catalog.allow", {"patterns": ["b/*", "a/*"], "a": None})], **WHO)
+        publish(session, [Put("setting", "of.another", {"patterns": ["b/*", "a/*"], "a": None})], **WHO)
         publish(session, [Put("key", "k1", {"secret_sha256": "0" * 64})], **WHO)
     told = exported(engine, tmp_path)
     assert told == {
         "pools.yaml": b"pools:\n  gold:\n    machine_profiles:\n      cpu: 1\n      l4: 2\n    tenant: acme\n",
-        "settings.yaml": b"settings:\n  catalog.allow:\n    a: null\n    patterns: [b/*, a/*]\n",
+        "settings.yaml": b"settings:\n  of.another:\n    a: null\n    patterns: [b/*, a/*]\n",
         "tenants.yaml": "tenants:\n  acme:\n    weight: 2.5\n    note: größer\n".encode(),
     }
     assert apply(engine, read_files(tmp_path)) == (), "not even the instant at which the pool was made"
@@ -116,6 +116,20 @@ def test_what_a_newer_release_wrote_is_not_exported_in_part(engine: Engine, tmp_
     with Session(engine) as session, session.begin():
         publish(session, [Put("model", "a", content)], **WHO)
     with pytest.raises(SetupError, match=r"model a .*limits\.max_sparks"):
+        exported(engine, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [("tenant", {"weight": "x"}), ("model", {"id": "odd", "family": "dense", "source": {"hub": "x"}, "dims": 3})],
+)
+def test_a_row_that_cannot_be_read_is_named_and_nothing_is_exported(
+    engine: Engine, tmp_path: Path, kind: Kind, content: dict[str, Any]
+) -> None:
+    with Session(engine) as session, session.begin():
+        publish(session, [Put(kind, "odd", content)], **WHO)
+    with pytest.raises(SetupError, match=f"{kind} odd was written in a way"):
         exported(engine, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

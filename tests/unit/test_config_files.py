@@ -104,6 +104,21 @@ def test_an_alias_is_nobody_elses_name(tmp_path: Path) -> None:
     ]
 
 
+def test_a_setting_that_is_read_here_is_checked(tmp_path: Path) -> None:
+    """Its readers make do without a broken one: a slip would turn a feature off and tell nobody."""
+    found = read(
+        tmp_path,
+        a="settings: {catalog.allow: {pattern: [x], most: 0}, history.keep: {days: 0}, of.another.release: {x: 1}}",
+    )
+    assert [fault.param for fault in found.faults] == [
+        "settings.catalog.allow.pattern",
+        "settings.catalog.allow.most",
+        "settings.history.keep.days",
+    ]
+    assert "did you mean `patterns`?" in str(found.faults[0])
+    assert [put.name for put in found.puts] == ["of.another.release"]
+
+
 def test_a_model_of_the_operators_own_family_is_one(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("id: a\nfamily: ours\nsource: {path: /a}")
     assert [fault.param for fault in read_files(tmp_path).faults] == ["family"]

@@ -60,7 +60,7 @@ def wrong(**fields: Any) -> ConfigError:
         (b"a: 1" + b":1" * 300_000, "a: a number of more than 100 digits"),
         (b"a: 1" + b":1" * 500 + b".5", "a: a number of more than 100 digits"),
         (b"a: " + b"9" * 900_000, "a: a number of more than 100 digits"),
-        (b'{"a": ' + b"9" * 900_000 + b"}", "not YAML that can be read"),
+        (b'{"a": ' + b"9" * 900_000 + b"}", "not a number that JSON knows"),
         (b"a: !!python/object/apply:os.system [true]", "line 1: tags are not taken"),
         (b"a: !!binary aGk=", "line 1: tags are not taken"),
         (b"a: !!int ''", "line 1: tags are not taken"),

@@ -1,7 +1,9 @@
 """docs/gitops.md shows commands that there are and files that can be read."""
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,16 @@ def test_a_command_is_one(command: str) -> None:
     name, found, rest = config.resolve_command(config.make_context("config", words, resilient_parsing=True), words)
     assert found is not None
     found.make_context(name, rest)
+
+
+@pytest.mark.parametrize(("status", "is_fine"), [(0, True), (2, True), (1, False), (127, False), (137, False)])
+def test_the_plan_of_the_workflow_fails_unless_there_is_one(status: int, is_fine: bool, tmp_path: Path) -> None:
+    """Not installed, killed or refused: a pull request without a plan is not one without changes."""
+    (step,) = [run for run in RUN if "plan.txt" in run]
+    said = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary"), "PATH": os.defpath}
+    script = f"farmhand() {{ return {status}; }}\n{step}"
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=said, check=False)
+    assert (done.returncode == 0) is is_fine
 
 
 def test_every_command_is_shown() -> None:

@@ -1,6 +1,6 @@
 """``/v1/configs/bundles`` and ``/resolve``: what a name means, and what runs it."""
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from flask import Blueprint
@@ -17,6 +17,7 @@ from common.errors import (
 from config_db.documents import convert
 from config_db.export import to_yaml
 from config_db.families import why_unsupported
+from config_db.model_writes import ID_KEYS
 from config_db.spec import DEFAULT_PROFILE
 from webapp.bundles import BUNDLE, bundles_of, families
 from webapp.farm import farm
@@ -80,7 +81,7 @@ def show(bundle: str) -> ResponseReturnValue:
 def resolve() -> ResponseReturnValue:
     """Which model a name means, and which bundle runs it."""
     here = farm()
-    body = convert(wire.read_write().document, ResolveBody)
+    body = convert(_under_model(wire.read_write().document), ResolveBody)
     prefix, colon, rest = body.model.partition(":/")
     name, bundle = (rest, prefix) if colon else (body.model, body.bundle)
     spec = here.served.model(name)
@@ -100,3 +101,11 @@ def resolve() -> ResponseReturnValue:
             unsupported=why_unsupported(spec, here.settings.family_places),
         )
     )
+
+
+def _under_model(document: Any) -> Any:
+    """The body with the name under ``model``: elsewhere in these routes it stands under ``model_id`` or ``sie_id``."""
+    if not isinstance(document, dict) or "model" in document:
+        return document
+    key = next((key for key in ID_KEYS if key in document), "model")
+    return {"model" if name == key else name: value for name, value in document.items()}

@@ -189,6 +189,8 @@ def _detail(error: FarmError) -> dict[str, Any]:
     code = next(_CODES[kind] for kind in type(error).__mro__ if kind in _CODES)
     if type(error) is RequestError and error.param == "model_id":
         code = "invalid_model_id"
+    if type(error) is ContentConflictError and error.param == "bundle":
+        code = "bundle_conflict"
     detail = {**error.details, "error": code, "message": error.message}
     if code == "model_not_found":
         detail.setdefault("model_id", (request.view_args or {}).get("model"))
