@@ -19,3 +19,8 @@ def below(at: str, name: str) -> str:
 def joined(at: str, path: str) -> str:
     """The path ``path`` as seen from where the part at ``at`` stands."""
     return f"{at}.{path}" if at and path and not path.startswith("[") else f"{at}{path}"
+
+
+def leads_to(outer: str, path: str) -> bool:
+    """Whether the part at ``outer`` is that at ``path``, or holds it."""
+    return path == outer or path.startswith((f"{outer}.", f"{outer}["))

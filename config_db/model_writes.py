@@ -28,11 +28,15 @@ _MERGED: Final = ("profiles", "adapters")
 
 
 class Given(msgspec.Struct, frozen=True):
-    """What a document says of one model, in our fields and without its id; ``warnings`` say what was left out."""
+    """What a document says of one model, in our fields and without its id; ``warnings`` say what was left out.
+
+    ``origins`` are where the fields of a translated document stood in it (``config_db.sie``).
+    """
 
     model_id: str
     fields: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    origins: Mapping[str, str] = _NONE
 
 
 class Intent(msgspec.Struct, frozen=True):
@@ -93,7 +97,7 @@ def understand(document: Any, *, model_id: str | None = None, places: Mapping[st
     if not sie.is_sie(fields):
         return Given(first, fields)
     translated = sie.translate(fields, places=places)
-    return Given(first, translated.fields, translated.warnings)
+    return Given(first, translated.fields, translated.warnings, translated.origins)
 
 
 def add(session: Session, given: Given, intent: Intent, *, families: Collection[str]) -> Written:
@@ -106,7 +110,7 @@ def add(session: Session, given: Given, intent: Intent, *, families: Collection[
     """
     stored = _stored(session, given.model_id)
     if stored is None:
-        spec = _read(given.model_id, given.fields, families)
+        spec = _read(given, given.fields, families)
         created = (DEFAULT_PROFILE, *spec.profiles)
         return Written(spec, _put(session, spec, intent), is_new=True, created=created)
     merged = dict(given.fields)
@@ -114,7 +118,7 @@ def add(session: Session, given: Given, intent: Intent, *, families: Collection[
         parts = given.fields.get(field)
         if isinstance(parts, dict):
             merged[field] = {**stored.get(field, {}), **parts}
-    spec = _read(given.model_id, {**stored, **merged}, families)
+    spec = _read(given, {**stored, **merged}, families)
     _check_unchanged(stored, plain(spec), given)
     published = _put(session, spec, intent)
     itself = () if given.fields.keys() <= set(_MERGED) else (DEFAULT_PROFILE,)
@@ -132,7 +136,7 @@ def replace(session: Session, given: Given, intent: Intent, *, families: Collect
     """
     lock_epoch(session)
     is_there = bool(live(session, "model", [given.model_id]))
-    spec = _read(given.model_id, given.fields, families)
+    spec = _read(given, given.fields, families)
     created = () if is_there else (DEFAULT_PROFILE, *spec.profiles)
     return Written(spec, _put(session, spec, intent), is_new=not is_there, created=created)
 
@@ -152,7 +156,7 @@ def merge(session: Session, model_id: str, patch: Any, intent: Intent, *, famili
         raise _not_found(model_id)
     merged = _merge(stored, patch)
     given = understand(merged, model_id=model_id)
-    spec = _read(model_id, given.fields, families)
+    spec = _read(given, given.fields, families)
     return Written(spec, _put(session, spec, intent))
 
 
@@ -191,8 +195,11 @@ def _stored(session: Session, model_id: str) -> dict[str, Any] | None:
         raise ContentConflictError(message) from error
 
 
-def _read(model_id: str, fields: Mapping[str, Any], families: Collection[str]) -> ModelSpec:
-    return read_model({**fields, "id": model_id}, families=families)
+def _read(given: Given, fields: Mapping[str, Any], families: Collection[str]) -> ModelSpec:
+    try:
+        return read_model({**fields, "id": given.model_id}, families=families)
+    except ConfigError as error:
+        raise sie.in_their_words(error, given.origins) from error
 
 
 def _put(session: Session, spec: ModelSpec, intent: Intent) -> Published:

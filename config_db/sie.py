@@ -3,7 +3,7 @@
 Nothing is guessed: what has no counterpart here is left out and named in a warning.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ import msgspec
 from common.errors import ConfigError
 from config_db.documents import convert
 from config_db.families import FAMILIES
+from config_db.field_paths import below, joined, leads_to
 from config_db.spec import DEFAULT_PROFILE, Name, Positive, Precision
 
 _OURS: Final = frozenset(("family", "source"))
@@ -49,27 +50,50 @@ _FAMILIES: Final[Mapping[str, tuple[str, ...]]] = {
 """Our families by the modules of the adapters that run the same models there."""
 _BY_ADAPTER: Final = {adapter: family for family, adapters in _FAMILIES.items() for adapter in adapters}
 
-_OPTIONS: Final[Mapping[str, str]] = {
-    "doc_prefix": "document_prefix",
-    "hypothesis_template": "hypothesis_template",
-    "multi_label": "multi_label",
-    "no_token": "no_token",
-    "query_max_length": "query_max_length",
-    "query_prefix": "query_prefix",
-    "threshold": "threshold",
-    "yes_token": "yes_token",
+_OPTIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "default_instruction": ("default_instruction",),
+    "doc_prefix": ("options", "document_prefix"),
+    "doc_template": ("templates", "document"),
+    "hypothesis_template": ("options", "hypothesis_template"),
+    "lora_id": ("lora_id",),
+    "multi_label": ("options", "multi_label"),
+    "no_token": ("options", "no_token"),
+    "normalize": ("normalize",),
+    "output_types": ("outputs",),
+    "pooling": ("pooling",),
+    "query_max_length": ("options", "query_max_length"),
+    "query_prefix": ("options", "query_prefix"),
+    "query_template": ("templates", "query"),
+    "threshold": ("options", "threshold"),
+    "yes_token": ("options", "yes_token"),
 }
-"""Options of our families by the options of adapters that mean the same."""
+"""Where what the options of adapters say stands in a document of ours; ``lora_id`` makes an adapter of its own."""
 
+_ORIGINS: Final[Mapping[str, str]] = {
+    "family": "profiles.default.adapter_path",
+    "source": "hf_id",
+    "source.hub": "hf_id",
+    "source.revision": "hf_revision",
+    "source.path": "weights_path",
+    "operations": "tasks",
+    "outputs": "tasks",
+    "dims": "tasks.encode",
+    "max_length": "max_sequence_length",
+}
+"""Where in a document of the public form the content of ours stands, always."""
 
 _NO_PLACES: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class Translated(msgspec.Struct, frozen=True):
-    """A document of ours, perhaps only some fields of one, and what of the original is not in it."""
+    """A document of ours, perhaps only some fields of one, and what of the original is not in it.
+
+    ``origins`` hold where in the original a field's content stood, by its path in ours.
+    """
 
     fields: dict[str, Any]
     warnings: tuple[str, ...]
+    origins: dict[str, str]
 
 
 class _Width(msgspec.Struct):
@@ -138,13 +162,24 @@ def translate(document: Mapping[str, Any], *, places: Mapping[str, str] = _NO_PL
     for name, part in document["profiles"].items():
         warnings += _unknown(part, _Profile, f"profiles.{name}")
     fields: dict[str, Any] = {}
+    origins = dict(_ORIGINS)
     if model.inputs:
         fields["inputs"] = [name for name, is_taken in model.inputs.items() if is_taken]
     if model.max_sequence_length is not None:
         fields["max_length"] = model.max_sequence_length
-    fields |= _source(model) | _tasks(model.tasks, warnings) | _profiles(model.profiles, places, warnings)
+    fields |= _source(model) | _tasks(model.tasks, warnings) | _profiles(model.profiles, places, warnings, origins)
     _narrow(fields, warnings)
-    return Translated(fields, tuple(warnings))
+    return Translated(fields, tuple(warnings), origins)
+
+
+def in_their_words(error: ConfigError, origins: Mapping[str, str]) -> ConfigError:
+    """What was wrong with the translation, told of the original: its path, as far as one is known."""
+    path = error.param or ""
+    ours = max((one for one in origins if leads_to(one, path)), key=len, default=None)
+    if ours is None or not error.message.startswith(path):
+        return error
+    theirs = origins[ours] + path[len(ours) :]
+    return ConfigError(theirs + error.message[len(path) :], param=theirs, details=error.details)
 
 
 def _narrow(fields: dict[str, Any], warnings: list[str]) -> None:
@@ -197,14 +232,16 @@ def _tasks(tasks: _Tasks | None, warnings: list[str]) -> dict[str, Any]:
     return {"operations": operations, "outputs": outputs, "dims": dims}
 
 
-def _profiles(profiles: Mapping[str, _Profile], places: Mapping[str, str], warnings: list[str]) -> dict[str, Any]:
+def _profiles(
+    profiles: Mapping[str, _Profile], places: Mapping[str, str], warnings: list[str], origins: dict[str, str]
+) -> dict[str, Any]:
     """The default profile is the model itself; the others are profiles of it, or adapters if they name a LoRA."""
     fields: dict[str, Any] = {}
     families = {name: _family(name, profile, places) for name, profile in profiles.items()}
     base = families.get(DEFAULT_PROFILE)
     for name, profile in profiles.items():
         at = f"profiles.{name}"
-        said = _read_options(profile, at, warnings)
+        said = _read_options(name, profile, warnings, origins)
         lora = said.pop("lora_id", None)
         if name == DEFAULT_PROFILE:
             fields |= said | _itself(profile, base)
@@ -251,36 +288,31 @@ def _family(name: str, profile: _Profile, places: Mapping[str, str]) -> str | No
     return family
 
 
-def _read_options(profile: _Profile, at: str, warnings: list[str]) -> dict[str, Any]:
+def _read_options(name: str, profile: _Profile, warnings: list[str], origins: dict[str, str]) -> dict[str, Any]:
     """The options of a profile's adapter as fields of ours; ``lora_id`` stays as it is."""
+    theirs, ours = f"profiles.{name}", "" if name == DEFAULT_PROFILE else below("profiles", name)
     fields: dict[str, Any] = {}
     if profile.compute_precision is not None:
         fields["precision"] = profile.compute_precision
     given = profile.adapter_options or _Options()
     for kind, options in (("loadtime", given.loadtime or {}), ("runtime", given.runtime or {})):
-        for name, value in options.items():
-            if name == "trust_remote_code" and value:
-                warnings.append(_ignored(f"{at}.adapter_options.{kind}.{name}", "no code of a repository is run"))
-            elif not _read_option(fields, name, value):
-                warnings.append(_ignored(f"{at}.adapter_options.{kind}.{name}", "it has no counterpart"))
+        for option, value in options.items():
+            at, place = f"{theirs}.adapter_options.{kind}.{option}", _OPTIONS.get(option)
+            if option == "trust_remote_code" and value:
+                warnings.append(_ignored(at, "no code of a repository is run"))
+            elif value is not None and place is None:
+                warnings.append(_ignored(at, "it has no counterpart"))
+            elif value is not None and place is not None:
+                _put(fields, place, value)
+                origins[f"{below('adapters', name)}.hub" if option == "lora_id" else joined(ours, ".".join(place))] = at
     return fields
 
 
-def _read_option(fields: dict[str, Any], name: str, value: Any) -> bool:
-    """Add what an option says to the fields; false if it says nothing here."""
-    if value is None:
-        return True
-    if name in ("pooling", "normalize", "default_instruction", "lora_id"):
-        fields[name] = value
-    elif name in ("query_template", "doc_template"):
-        fields.setdefault("templates", {})["query" if name == "query_template" else "document"] = value
-    elif name == "output_types":
-        fields["outputs"] = value
-    elif name in _OPTIONS:
-        fields.setdefault("options", {})[_OPTIONS[name]] = value
-    else:
-        return False
-    return True
+def _put(fields: dict[str, Any], place: Sequence[str], value: Any) -> None:
+    *outer, name = place
+    for part in outer:
+        fields = fields.setdefault(part, {})
+    fields[name] = value
 
 
 def _unknown(part: Any, kind: type[msgspec.Struct], at: str) -> Iterable[str]:

@@ -157,6 +157,16 @@ def test_an_adapter_path_may_be_the_operator_s_own(web: Web) -> None:
     assert shown(web, "own/adapter")["family"] == "fake"
 
 
+ADAPTERS = "sie_server.adapters"
+
+
+def options(profile: str = "default", **runtime: Any) -> dict[str, Any]:
+    """Profiles of which one has these options of its adapter."""
+    base = {"default": {"adapter_path": f"{ADAPTERS}.bert_flash:A"}}
+    said = {"extends": "default", "adapter_options": {"runtime": runtime}}
+    return {"profiles": {**base, profile: {**base["default"], **said} if profile == "default" else said}}
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -166,6 +176,16 @@ def test_an_adapter_path_may_be_the_operator_s_own(web: Web) -> None:
         ({"tasks": {"generate": {}}}, "tasks"),
         ({"tasks": {"encode": {"dense": {"dim": "wide"}}}}, "tasks.encode.dense.dim"),
         ({"max_sequence_length": 0}, "max_sequence_length"),
+        ({"hf_id": "../x"}, "hf_id"),
+        ({"hf_revision": ".."}, "hf_revision"),
+        ({"hf_id": None, "weights_path": "here"}, "weights_path"),
+        ({"hf_id": None}, "hf_id"),
+        (options(pooling="middle"), "profiles.default.adapter_options.runtime.pooling"),
+        (options(query_template="no text"), "profiles.default.adapter_options.runtime.query_template"),
+        (options(normalize="yes"), "profiles.default.adapter_options.runtime.normalize"),
+        (options("v1", doc_template="no text"), "profiles.v1.adapter_options.runtime.doc_template"),
+        (options("v1", lora_id="../x"), "profiles.v1.adapter_options.runtime.lora_id"),
+        ({"profiles": {"v1": {"adapter_path": f"{ADAPTERS}.bert_flash:A"}}}, "profiles.default.adapter_path"),
     ],
 )
 def test_what_cannot_be_read_names_its_field(web: Web, change: Any, field: str) -> None:
