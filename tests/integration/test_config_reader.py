@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
 from config_db.migrate import migrate
 from config_db.reader import KEPT_SPECS, SnapshotReader
-from config_db.schema import FarmEpoch, ModelRow
+from config_db.schema import EpochRow, FarmEpoch, ModelRow
 from config_db.spec import ModelSpec, Placement, Profile, Source, plain
 from tests.config_writes import RARELY_S
 from tests.services import PostgresServer, wait_until
@@ -131,6 +132,25 @@ def test_a_reader_that_slept_longer_than_tombstones_live_forgets_the_dead(
         assert session.get(ModelRow, "dead") is None, "its tombstone is still there: the test proves nothing"
     read(reader, epoch)
     assert set(reader.current.models) == {"living", "young"}
+
+
+@pytest.mark.parametrize("wrong_days", [-40, 40], ids=["at the deletion", "at the purge"])
+def test_a_clock_that_was_wrong_for_a_while_hides_no_deletion(
+    engine: Engine, reader: SnapshotReader, wrong_days: int
+) -> None:
+    """A tombstone that looks a month old is purged, however lately a reader has looked."""
+    publish(engine, spec("dead"), spec("living"))
+    reader.poll()
+    deleted = publish(engine, spec("living"), prune=True)
+    with transaction(engine) as session:
+        session.execute(text("update models set deleted_at = now() - interval '40 days' where deleted_at is not null"))
+    purged = publish(engine, spec("young"))
+    with transaction(engine) as session:
+        assert session.get(ModelRow, "dead") is None, "its tombstone is still there: the test proves nothing"
+        wrong = session.get_one(EpochRow, deleted if wrong_days < 0 else purged)
+        wrong.raised_at += timedelta(days=wrong_days)
+    reader.poll()
+    assert (reader.current.epoch, set(reader.current.models)) == (purged, {"living", "young"})
 
 
 def test_a_writer_that_had_read_the_epoch_before_still_gets_the_next(engine: Engine) -> None:
