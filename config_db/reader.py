@@ -61,6 +61,7 @@ class SnapshotReader:
         self._listener: Listener | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._is_of_copy = False
         self.is_connected = False
 
     @property
@@ -98,10 +99,12 @@ class SnapshotReader:
         with self._looking.connect() as connection:
             present = connection.execute(PRESENT).one()
         held = self._snapshot
-        if present != (held.epoch, held.epoch_id):
+        if self._is_of_copy or present != (held.epoch, held.epoch_id):
             with Session(self._reading) as session:
-                fresh = read_changes(session, held)
+                # a copy may lack what the release that wrote it, or read it, could not read
+                fresh = read_changes(session, EMPTY if self._is_of_copy else held)
             self._replace(fresh)
+            self._is_of_copy = False
         self._note_connection(is_connected=True)
         self._keep_copy()
 
@@ -185,6 +188,7 @@ class SnapshotReader:
             raise SetupError(f"{_why(error)}; and there is no copy on disk to start from") from error
         copy.prepare()
         self._snapshot = self._copied = copy
+        self._is_of_copy = True
         log.warning("config_db_away", reason=_why(error), epoch=copy.epoch, serving="the copy on disk")
 
 

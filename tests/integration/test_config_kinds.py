@@ -168,6 +168,30 @@ def test_a_copy_of_another_release_serves_as_far_as_it_can_be_read(tmp_path: Pat
     reader.stop()
 
 
+def test_what_a_copy_lacks_is_there_when_postgres_is_back(own_postgres: PostgresServer, tmp_path: Path) -> None:
+    """The release that wrote the copy may have known less than this one, at the very same epoch."""
+    url, copy = own_postgres.fresh_database(), tmp_path / "copy"
+    engine = open_engine(url)
+    write(engine, *(row("model", name) for name in ("a", "b", "c")))
+    engine.dispose()
+    first = SnapshotReader(url, poll_s=RARELY_S, copy_path=copy)
+    first.start()
+    first.stop()
+    content = json.loads(copy.read_bytes())
+    content["models"] = [{**one, "options": {"old": True}} for one in content["models"] if one["id"] != "b"]
+    copy.write_text(json.dumps(content))
+    own_postgres.stop()
+    second = SnapshotReader(url, poll_s=RARELY_S, copy_path=copy)
+    second.start()
+    old = second.current.model("a")
+    own_postgres.start()
+    second.poll_soon()
+    wait_until(lambda: second.is_connected, 20, "PostgreSQL to be back")
+    assert second.current == first.current
+    assert second.spec(old.digest) is old, "requests under way are to finish on it"
+    second.stop()
+
+
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"epoch": 1}', b'{"epoch": 1, "epoch_id": "x", "models": []}']
 )
