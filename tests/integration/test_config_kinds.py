@@ -10,6 +10,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from common.errors import SetupError
+from config_db.disk_copy import write_copy
 from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
 from config_db.newer_rows import FIELDS, NEWER, PRESENT
@@ -143,6 +144,21 @@ def test_the_last_of_many_changes_is_in_the_copy_when_the_process_ends(
         catch_up(reader, engine)
     reader.stop()
     assert set(json.loads(copy.read_bytes())["tenants"]) == {"t0", "t1", "t2"}
+
+
+def test_a_copy_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends the writing, nobody finds half a copy, or pieces of one."""
+
+    def fail(*_: object) -> None:
+        raise OSError
+
+    copy = tmp_path / "copy"
+    write_copy(copy, Snapshot(1, UUID(int=1)))
+    before = copy.read_bytes()
+    monkeypatch.setattr(Path, "replace", fail)
+    write_copy(copy, Snapshot(2, UUID(int=2)))
+    assert copy.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [copy]
 
 
 OLD_COPY = {

@@ -16,6 +16,7 @@ from common.errors import ConfigUnavailableError, SetupError
 from config_db.catalog import apply_models, read_catalog
 from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
+from config_db.listening import Listener
 from config_db.migrate import migrate
 from config_db.reader import KEPT_SPECS, SnapshotReader
 from config_db.schema import EpochRow, FarmEpoch, ModelRow
@@ -64,6 +65,17 @@ def test_who_meets_a_newer_epoch_makes_the_reader_look_at_once(engine: Engine, r
     read(reader, publish(engine, spec("before")))
     read(reader, publish_unheard(engine, spec("a")))
     assert reader.current.model("a") == spec("a")
+
+
+def test_processes_spread_their_polls(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(Listener, "wait", lambda _, timeout_s: waits.append(timeout_s))
+    reader = SnapshotReader(database_url, poll_s=2.0, copy_path=None)
+    reader.start()
+    wait_until(lambda: len(waits) > 10, 20, "some polls")
+    reader.stop()
+    assert all(1.6 <= wait_s <= 2.4 for wait_s in waits)
+    assert max(waits) - min(waits) > 0.1
 
 
 def test_the_catalogue_applied_again_is_no_new_epoch(engine: Engine) -> None:
