@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from psycopg.conninfo import make_conninfo
+from psycopg.errors import ReadOnlySqlTransaction
 from sqlalchemy import Engine, create_engine, func, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
@@ -76,7 +77,8 @@ def transaction(engine: Engine) -> Iterator[Session]:
     """A session for one change: committed at the end of the block, rolled back if the block raises.
 
     Raises:
-        ConfigUnavailableError: PostgreSQL does not answer; whether a commit then took place is not known.
+        ConfigUnavailableError: PostgreSQL does not answer, and whether a commit then took place is not known; or it is
+            a standby and takes no changes.
     """
     try:
         with Session(engine) as session, session.begin():
@@ -85,7 +87,7 @@ def transaction(engine: Engine) -> Iterator[Session]:
         if not is_away(error):
             raise
         log.warning("config_db_away", reason=reason(error))  # names hosts, which callers are not told
-        message = "the config DB does not answer, so nothing can be changed"
+        message = "the config DB does not answer, or to readers only, so nothing can be changed"
         raise ConfigUnavailableError(message, retry_after_s=RETRY_AFTER_S) from error
 
 
@@ -96,8 +98,13 @@ def time_now(session: Session) -> datetime:
 
 
 def is_away(error: Exception) -> bool:
-    """Whether an error says that PostgreSQL could not be reached or was lost, not that a statement was wrong."""
-    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    """Whether an error says that PostgreSQL could not be reached or was lost, not that a statement was wrong.
+
+    One that takes no changes, as a standby after a failover, counts as away, too: only writers come upon that.
+    """
+    lost = isinstance(error, DBAPIError) and (
+        error.connection_invalidated or isinstance(error.orig, ReadOnlySqlTransaction)
+    )
     return lost or isinstance(error, (OperationalError, InterfaceError))
 
 

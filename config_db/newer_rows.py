@@ -7,7 +7,7 @@ from uuid import UUID
 
 import msgspec
 from sqlalchemy import BigInteger, Select, String, bindparam, cast, func, literal, null, select, union_all
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from common.logs import get_logger
 from config_db.access import KeySpec, PoolSpec, TenantSpec
@@ -20,12 +20,17 @@ log = get_logger("config_db")
 _HELD: Final = bindparam("epoch", type_=BigInteger)
 PRESENT: Final = select(FarmEpoch.number, FarmEpoch.id).where(FarmEpoch.only_one == 1)
 """The poll: one row, by its primary key."""
+_SINCE: Final = aliased(EpochRow)
+_KEEPS_TOMBSTONES: Final = (
+    select(func.greatest(func.now(), func.max(_SINCE.raised_at)) - func.min(_SINCE.raised_at) < TOMBSTONE_KEPT)
+    .where(_SINCE.number >= _HELD)
+    .scalar_subquery()
+)
+"""Whether no clock that stamped or purged since ``epoch`` was so far from another that a tombstone may be gone."""
 PRESENT_AND_THEN: Final = select(
     FarmEpoch.number,
     FarmEpoch.id,
-    select(EpochRow.id)
-    .where(EpochRow.number == _HELD, EpochRow.raised_at > func.now() - TOMBSTONE_KEPT)
-    .scalar_subquery(),
+    select(EpochRow.id).where(EpochRow.number == _HELD, _KEEPS_TOMBSTONES).scalar_subquery(),
 ).where(FarmEpoch.only_one == 1)
 """The poll, and the id that history knows for ``epoch``; none if tombstones since that epoch may be gone already."""
 FIELDS: Final[Mapping[Kind, str]] = MappingProxyType(

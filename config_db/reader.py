@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from common.errors import SetupError
 from common.logs import get_logger
 from config_db.disk_copy import read_copy, write_copy
-from config_db.engine import conninfo, is_away, open_engine, reason
+from config_db.engine import SILENCE_S, conninfo, is_away, open_engine, reason
 from config_db.listening import Listener
 from config_db.newer_rows import PRESENT, read_changes
 from config_db.snapshot import EMPTY, Snapshot
@@ -61,12 +61,19 @@ class SnapshotReader:
         self._listener: Listener | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self.is_connected = False
+        self._is_of_copy = False
+        self._was_connected = False
+        self._answered_at = float("-inf")
 
     @property
     def current(self) -> Snapshot:
         """The snapshot now held."""
         return self._snapshot
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the config DB has answered the last poll, and none is overdue: a frozen one says nothing."""
+        return self._was_connected and monotonic() - self._answered_at < self._poll_s * (1 + JITTER) + SILENCE_S
 
     @property
     def is_listening(self) -> bool:
@@ -98,10 +105,12 @@ class SnapshotReader:
         with self._looking.connect() as connection:
             present = connection.execute(PRESENT).one()
         held = self._snapshot
-        if present != (held.epoch, held.epoch_id):
+        if self._is_of_copy or present != (held.epoch, held.epoch_id):
             with Session(self._reading) as session:
-                fresh = read_changes(session, held)
+                # a copy may lack what the release that wrote it, or read it, could not read
+                fresh = read_changes(session, EMPTY if self._is_of_copy else held)
             self._replace(fresh)
+            self._is_of_copy = False
         self._note_connection(is_connected=True)
         self._keep_copy()
 
@@ -173,11 +182,13 @@ class SnapshotReader:
             write_copy(self._copy_path, self._copied)
 
     def _note_connection(self, *, is_connected: bool, why: str = "") -> None:
-        if self.is_connected and not is_connected:
+        if self._was_connected and not is_connected:
             log.warning("config_db_away", reason=why, epoch=self._snapshot.epoch)
-        elif is_connected and not self.is_connected:
+        elif is_connected and not self._was_connected:
             log.info("config_db_connected")
-        self.is_connected = is_connected
+        self._was_connected = is_connected
+        if is_connected:
+            self._answered_at = monotonic()
 
     def _start_adrift(self, error: SQLAlchemyError) -> None:
         copy = read_copy(self._copy_path) if self._copy_path is not None else None
@@ -185,6 +196,7 @@ class SnapshotReader:
             raise SetupError(f"{_why(error)}; and there is no copy on disk to start from") from error
         copy.prepare()
         self._snapshot = self._copied = copy
+        self._is_of_copy = True
         log.warning("config_db_away", reason=_why(error), epoch=copy.epoch, serving="the copy on disk")
 
 

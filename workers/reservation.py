@@ -61,8 +61,9 @@ class Config(Protocol):
     def current(self) -> Snapshot:
         """The snapshot now held."""
 
-    is_connected: bool
-    """Whether it is of the present, as far as can be known."""
+    @property
+    def is_connected(self) -> bool:
+        """Whether it is of the present, as far as can be known."""
 
 
 class _Told(msgspec.Struct):

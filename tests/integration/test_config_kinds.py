@@ -10,6 +10,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
 from common.errors import SetupError
+from config_db.disk_copy import write_copy
 from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
 from config_db.newer_rows import FIELDS, NEWER, PRESENT
@@ -145,6 +146,21 @@ def test_the_last_of_many_changes_is_in_the_copy_when_the_process_ends(
     assert set(json.loads(copy.read_bytes())["tenants"]) == {"t0", "t1", "t2"}
 
 
+def test_a_copy_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends the writing, nobody finds half a copy, or pieces of one."""
+
+    def fail(*_: object) -> None:
+        raise OSError
+
+    copy = tmp_path / "copy"
+    write_copy(copy, Snapshot(1, UUID(int=1)))
+    before = copy.read_bytes()
+    monkeypatch.setattr(Path, "replace", fail)
+    write_copy(copy, Snapshot(2, UUID(int=2)))
+    assert copy.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [copy]
+
+
 OLD_COPY = {
     "epoch": 7,
     "epoch_id": str(UUID(int=7)),
@@ -166,6 +182,30 @@ def test_a_copy_of_another_release_serves_as_far_as_it_can_be_read(tmp_path: Pat
     placement = current.model("a").placement
     assert (placement.pinned, placement.machine_profiles) == (True, ("l4",))
     reader.stop()
+
+
+def test_what_a_copy_lacks_is_there_when_postgres_is_back(own_postgres: PostgresServer, tmp_path: Path) -> None:
+    """The release that wrote the copy may have known less than this one, at the very same epoch."""
+    url, copy = own_postgres.fresh_database(), tmp_path / "copy"
+    engine = open_engine(url)
+    write(engine, *(row("model", name) for name in ("a", "b", "c")))
+    engine.dispose()
+    first = SnapshotReader(url, poll_s=RARELY_S, copy_path=copy)
+    first.start()
+    first.stop()
+    content = json.loads(copy.read_bytes())
+    content["models"] = [{**one, "options": {"old": True}} for one in content["models"] if one["id"] != "b"]
+    copy.write_text(json.dumps(content))
+    own_postgres.stop()
+    second = SnapshotReader(url, poll_s=RARELY_S, copy_path=copy)
+    second.start()
+    old = second.current.model("a")
+    own_postgres.start()
+    second.poll_soon()
+    wait_until(lambda: second.is_connected, 20, "PostgreSQL to be back")
+    assert second.current == first.current
+    assert second.spec(old.digest) is old, "requests under way are to finish on it"
+    second.stop()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
@@ -15,9 +16,10 @@ from common.errors import ConfigUnavailableError, SetupError
 from config_db.catalog import apply_models, read_catalog
 from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
+from config_db.listening import Listener
 from config_db.migrate import migrate
 from config_db.reader import KEPT_SPECS, SnapshotReader
-from config_db.schema import FarmEpoch, ModelRow
+from config_db.schema import EpochRow, FarmEpoch, ModelRow
 from config_db.spec import ModelSpec, Placement, Profile, Source, plain
 from tests.config_writes import RARELY_S
 from tests.services import PostgresServer, wait_until
@@ -63,6 +65,17 @@ def test_who_meets_a_newer_epoch_makes_the_reader_look_at_once(engine: Engine, r
     read(reader, publish(engine, spec("before")))
     read(reader, publish_unheard(engine, spec("a")))
     assert reader.current.model("a") == spec("a")
+
+
+def test_processes_spread_their_polls(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(Listener, "wait", lambda _, timeout_s: waits.append(timeout_s))
+    reader = SnapshotReader(database_url, poll_s=2.0, copy_path=None)
+    reader.start()
+    wait_until(lambda: len(waits) > 10, 20, "some polls")
+    reader.stop()
+    assert all(1.6 <= wait_s <= 2.4 for wait_s in waits)
+    assert max(waits) - min(waits) > 0.1
 
 
 def test_the_catalogue_applied_again_is_no_new_epoch(engine: Engine) -> None:
@@ -131,6 +144,25 @@ def test_a_reader_that_slept_longer_than_tombstones_live_forgets_the_dead(
         assert session.get(ModelRow, "dead") is None, "its tombstone is still there: the test proves nothing"
     read(reader, epoch)
     assert set(reader.current.models) == {"living", "young"}
+
+
+@pytest.mark.parametrize("wrong_days", [-40, 40], ids=["at the deletion", "at the purge"])
+def test_a_clock_that_was_wrong_for_a_while_hides_no_deletion(
+    engine: Engine, reader: SnapshotReader, wrong_days: int
+) -> None:
+    """A tombstone that looks a month old is purged, however lately a reader has looked."""
+    publish(engine, spec("dead"), spec("living"))
+    reader.poll()
+    deleted = publish(engine, spec("living"), prune=True)
+    with transaction(engine) as session:
+        session.execute(text("update models set deleted_at = now() - interval '40 days' where deleted_at is not null"))
+    purged = publish(engine, spec("young"))
+    with transaction(engine) as session:
+        assert session.get(ModelRow, "dead") is None, "its tombstone is still there: the test proves nothing"
+        wrong = session.get_one(EpochRow, deleted if wrong_days < 0 else purged)
+        wrong.raised_at += timedelta(days=wrong_days)
+    reader.poll()
+    assert (reader.current.epoch, set(reader.current.models)) == (purged, {"living", "young"})
 
 
 def test_a_writer_that_had_read_the_epoch_before_still_gets_the_next(engine: Engine) -> None:

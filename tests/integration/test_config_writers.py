@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import Engine, event, select, text
 from sqlalchemy.orm import Session
 
+import config_db.epochs
 from common.errors import ConfigError, EpochConflictError
 from config_db.engine import open_engine, transaction
 from config_db.epochs import epoch_now, lock_epoch
@@ -235,6 +236,35 @@ def test_a_writer_killed_inside_its_transaction_leaves_no_trace(
         assert session.scalars(select(EpochRow.number).order_by(EpochRow.number)).all() == [1, before, last]
         assert session.scalars(select(HistoryRow.name).order_by(HistoryRow.id)).all() == ["kept", "next"]
         assert session.get(ModelRow, "killed") is None
+
+
+def hold_the_lock(url: str) -> NoReturn:
+    """A writer's process that takes the lock and says no more; others give it up sooner here than in earnest."""
+    config_db.epochs.IDLE_S = 1  # type: ignore[misc]
+    with transaction(open_engine(url)) as session:
+        lock_epoch(session)
+        print("inside", flush=True)  # noqa: T201 - to the test
+        sys.stdin.read()
+    raise SystemExit("was told to go on")
+
+
+def test_a_writer_that_is_silent_holds_up_the_others_for_a_while_only(database_url: str, engine: Engine) -> None:
+    """Its connection is open: to PostgreSQL, a writer without power looks like this one for two hours."""
+    code = f"from {__name__} import hold_the_lock; hold_the_lock({database_url!r})"
+    with subprocess.Popen(
+        [*DYING_WITH_US, sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"inside\n"
+        written: list[Published] = []
+        waiting = threading.Thread(target=lambda: written.append(write(engine, Put("setting", "s", {}))))
+        waiting.start()
+        waiting.join(15)
+        is_still_there, was_written = child.poll() is None, list(written)
+        child.kill()
+    waiting.join(20)
+    assert is_still_there
+    assert [one.epoch for one in was_written] == [2]
 
 
 def states(watching: "psycopg.Connection[Any]") -> set[tuple[str, bool]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import psutil
+import psycopg
 import pytest
 
 from tests.services import PostgresServer, wait_until
@@ -100,7 +101,7 @@ def test_postgres_is_down_and_comes_back(web: Web, own_postgres: PostgresServer)
     check_refused(refusals)
     check_tells_no_secret(refusals, own_postgres)
     check_reads(web)
-    wait_until(lambda: web.http.get("/v1/configs/status").json()["config_db"] == "away", 20, "the loss to be noticed")
+    wait_until(lambda: config_db_is(web, "away"), 20, "the loss to be noticed")
     refused = web.http.post(MODELS, json={"id": "bad id"})
     assert refused.status_code == 400  # a bad document is told as such
     own_postgres.start()
@@ -123,10 +124,32 @@ def test_a_frozen_postgres_holds_up_no_request_but_the_writes(web: Web, own_post
         writing.join()
         check_refused(answers)
         assert worst < 0.5
+        wait_until(lambda: config_db_is(web, "away"), 20, "the silence to be noticed")
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
     wait_until(lambda: web.http.patch(f"{MODELS}/org/m", json={"max_length": 9}).status_code == 200, 10, "a write")
+    wait_until(lambda: config_db_is(web, "connected"), 10, "the next poll")
+
+
+def test_a_postgres_that_is_read_only_takes_no_write(
+    redis_url: str, own_postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """As a standby is, after a failover: what can be read is served, and writers come again later."""
+    url = own_postgres.fresh_database()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f'alter database "{connection.info.dbname}" set default_transaction_read_only = on')
+    web = start_web(redis_url, tmp_path, (), DATABASE_URL=url)
+    answer = web.http.post(MODELS, json=MODEL)
+    check_refused([answer])
+    check_tells_no_secret([answer], own_postgres)
+    assert web.http.get(MODELS).status_code == 200
+    assert config_db_is(web, "connected")
+    stop_web(web)
+
+
+def config_db_is(web: Web, state: str) -> bool:
+    return bool(web.http.get("/v1/configs/status").json()["config_db"] == state)
 
 
 def _processes(server: PostgresServer) -> list[int]:
