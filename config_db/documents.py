@@ -218,9 +218,21 @@ def read_model(document: Any, *, families: Collection[str] = ()) -> ModelSpec:
     ):
         if is_wanted:
             raise ConfigError(f"{field}: {why}", param=field)
+    _check_lists(spec)
     for field, named, does in misfits(spec):
         raise ConfigError(f"{field}: the family `{spec.family}` has {', '.join(does)}, not {named!r}", param=field)
     return spec
+
+
+def _check_lists(spec: ModelSpec) -> None:
+    """ConfigError where a list of what a model does is empty or names one thing twice."""
+    lists = {field: getattr(spec, field) for field in ("operations", "outputs", "inputs")}
+    for name, profile in spec.profiles.items():
+        if profile.outputs is not None:
+            lists[f"{below('profiles', name)}.outputs"] = profile.outputs
+    for field, named in lists.items():
+        if len(set(named)) != len(named) or not named:
+            raise ConfigError(f"{field}: names at least one, and none twice", param=field)
 
 
 def convert(content: Any, kind: type[T], *, at: str = "") -> T:

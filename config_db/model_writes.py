@@ -111,8 +111,7 @@ def add(session: Session, given: Given, intent: Intent, *, families: Collection[
     stored = _stored(session, given.model_id)
     if stored is None:
         spec = _read(given, given.fields, families)
-        created = (DEFAULT_PROFILE, *spec.profiles)
-        return Written(spec, _put(session, spec, intent), is_new=True, created=created)
+        return Written(spec, _put(session, spec, intent), is_new=True, created=_created(None, spec))
     merged = dict(given.fields)
     for field in _MERGED:
         parts = given.fields.get(field)
@@ -123,8 +122,7 @@ def add(session: Session, given: Given, intent: Intent, *, families: Collection[
     published = _put(session, spec, intent)
     itself = () if given.fields.keys() <= set(_MERGED) else (DEFAULT_PROFILE,)
     skipped = [name for name in given.fields.get("profiles") or {} if name in stored.get("profiles", {})]
-    created = tuple(name for name in spec.profiles if name not in stored.get("profiles", {}))
-    return Written(spec, published, created=created, skipped=(*itself, *skipped))
+    return Written(spec, published, created=_created(stored, spec), skipped=(*itself, *skipped))
 
 
 def replace(session: Session, given: Given, intent: Intent, *, families: Collection[str]) -> Written:
@@ -135,10 +133,9 @@ def replace(session: Session, given: Given, intent: Intent, *, families: Collect
         EpochConflictError: something was published since ``intent.expected``.
     """
     lock_epoch(session)
-    is_there = bool(live(session, "model", [given.model_id]))
+    stored = live(session, "model", [given.model_id]).get(given.model_id)
     spec = _read(given, given.fields, families)
-    created = () if is_there else (DEFAULT_PROFILE, *spec.profiles)
-    return Written(spec, _put(session, spec, intent), is_new=not is_there, created=created)
+    return Written(spec, _put(session, spec, intent), is_new=stored is None, created=_created(stored, spec))
 
 
 def merge(session: Session, model_id: str, patch: Any, intent: Intent, *, families: Collection[str]) -> Written:
@@ -153,11 +150,11 @@ def merge(session: Session, model_id: str, patch: Any, intent: Intent, *, famili
         raise ConfigError("a patch is a mapping of fields")
     stored = _stored(session, model_id)
     if stored is None:
-        raise _not_found(model_id)
+        raise _not_found(session, model_id)
     merged = _merge(stored, patch)
     given = understand(merged, model_id=model_id)
     spec = _read(given, given.fields, families)
-    return Written(spec, _put(session, spec, intent))
+    return Written(spec, _put(session, spec, intent), created=_created(stored, spec))
 
 
 def remove(session: Session, model_id: str, intent: Intent) -> Published:
@@ -169,7 +166,7 @@ def remove(session: Session, model_id: str, intent: Intent) -> Published:
     """
     lock_epoch(session)
     if not live(session, "model", [model_id]):
-        raise _not_found(model_id)
+        raise _not_found(session, model_id)
     return publish(
         session, [Delete("model", model_id)], actor=intent.actor, reason=intent.reason, expected=intent.expected
     )
@@ -246,5 +243,15 @@ def _merge(target: Any, patch: Any) -> Any:
     return merged
 
 
-def _not_found(model_id: str) -> ModelNotFoundError:
-    return ModelNotFoundError(f"there is no model {model_id!r}", param="model_id", details={"model_id": model_id})
+def _created(stored: Mapping[str, Any] | None, spec: ModelSpec) -> tuple[str, ...]:
+    """The profiles that a write brought; the model itself is one."""
+    if stored is None:
+        return (DEFAULT_PROFILE, *spec.profiles)
+    return tuple(name for name in spec.profiles if name not in stored.get("profiles", {}))
+
+
+def _not_found(session: Session, name: str) -> ModelNotFoundError:
+    """Also for an alias, which a model is read by and not changed by."""
+    owner = next((model for model, row in live(session, "model").items() if name in row.get("aliases", ())), None)
+    hint = f": it is an alias of {owner!r}, which is changed by its id" if owner is not None else ""
+    return ModelNotFoundError(f"there is no model {name!r}{hint}", param="model_id", details={"model_id": name})

@@ -113,19 +113,32 @@ def test_put_replaces(web: Web) -> None:
     made = web.http.put(f"{MODELS}/put/m", json=document)
     assert (made.status_code, made.json()["created_profiles"]) == (201, ["default", "short"])
     changed = web.http.put(f"{MODELS}/put/m", json={**document, "max_length": 128, "profiles": {}})
-    assert (changed.status_code, changed.json()["changed"]) == (200, True)
+    assert (changed.status_code, changed.json()["changed"], changed.json()["created_profiles"]) == (200, True, [])
     shown = yaml.safe_load(web.http.get(f"{MODELS}/put/m").text)
     assert shown["max_length"] == 128
     assert "profiles" not in shown
+    again = web.http.put(f"{MODELS}/put/m", json=document)
+    assert (again.status_code, again.json()["created_profiles"]) == (200, ["short"])
     other = web.http.put(f"{MODELS}/put/m", json=OURS)
     assert other.status_code == 422
+
+
+def test_an_alias_is_read_by_and_not_written_by(web: Web) -> None:
+    post(web, {**OURS, "id": "named/m", "aliases": ["named/otherwise"]})
+    assert web.http.get(f"{MODELS}/named/otherwise").status_code == 200
+    for refused in (
+        web.http.patch(f"{MODELS}/named/otherwise", json={"max_length": 5}),
+        web.http.delete(f"{MODELS}/named/otherwise"),
+    ):
+        assert refused.status_code == 404
+        assert "it is an alias of 'named/m'" in refused.json()["error"]["message"]
 
 
 def test_patch_merges_as_rfc_7386_has_it(web: Web) -> None:
     post(web, {**OURS, "id": "patch/m", "limits": {"max_items": 4, "timeout_s": 9.5}})
     patch = {"max_length": None, "limits": {"max_items": 8}, "profiles": {"short": None, "wide": {"max_length": 99}}}
     merged = web.http.patch(f"{MODELS}/patch/m", json=patch)
-    assert (merged.status_code, merged.json()["changed"]) == (200, True)
+    assert (merged.status_code, merged.json()["changed"], merged.json()["created_profiles"]) == (200, True, ["wide"])
     shown = yaml.safe_load(web.http.get(f"{MODELS}/patch/m").text)
     assert "max_length" not in shown
     assert shown["limits"] == {"max_items": 8, "timeout_s": 9.5}

@@ -29,6 +29,21 @@ def test_what_the_family_does_not_do_is_refused_by_its_field(fields: dict[str, A
 
 
 @pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"operations": ["encode", "encode"]}, "operations"),
+        ({"outputs": []}, "outputs"),
+        ({"inputs": ["text", "text"]}, "inputs"),
+        ({"profiles": {"v1.5": {"outputs": []}}}, "profiles['v1.5'].outputs"),
+    ],
+)
+def test_a_list_names_at_least_one_and_none_twice(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ConfigError, match="none twice") as refused:
+        read_model({**GOOD, **fields})
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
     ("family", "operations", "outputs", "inputs"),
     [
         ("cross-encoder", ("score",), ("score",), ("text",)),

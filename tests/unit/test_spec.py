@@ -272,7 +272,7 @@ SOURCES = (
 
 
 def some(values: Any) -> st.SearchStrategy[tuple[Any, ...]]:
-    return st.lists(st.sampled_from(get_args(values)), min_size=1, max_size=3).map(tuple)
+    return st.lists(st.sampled_from(get_args(values)), min_size=1, max_size=3, unique=True).map(tuple)
 
 
 def one_of(values: Any) -> st.SearchStrategy[Any]:

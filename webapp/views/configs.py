@@ -87,7 +87,8 @@ def add() -> ResponseReturnValue:
     given = understand(incoming.document, places=families)
 
     def change(session: Session, intent: Intent) -> Answer:
-        return _answer(model_writes.add(session, given, intent, families=families), given.warnings)
+        written = model_writes.add(session, given, intent, families=families)
+        return _answer(written, given.warnings, status=201 if written.created else 200)
 
     return write(incoming, change)
 
@@ -101,7 +102,8 @@ def replace(model: str) -> ResponseReturnValue:
     given = understand(incoming.document, model_id=check_model_id(model), places=families)
 
     def change(session: Session, intent: Intent) -> Answer:
-        return _answer(model_writes.replace(session, given, intent, families=families), given.warnings)
+        written = model_writes.replace(session, given, intent, families=families)
+        return _answer(written, given.warnings, status=201 if written.is_new else 200)
 
     return write(incoming, change)
 
@@ -142,8 +144,8 @@ def remove(model: str) -> ResponseReturnValue:
     return write(wire.read_write(has_document=False), change)
 
 
-def _answer(written: Written, left_out: Sequence[str] = ()) -> Answer:
-    """The answer to a write of one model; 201 if it brought a model or a profile."""
+def _answer(written: Written, left_out: Sequence[str] = (), *, status: int = 200) -> Answer:
+    """The answer to a write of one model."""
     settings = farm().settings
     spec, families = written.spec, settings.family_places
     unsupported = why_unsupported(spec, families)
@@ -157,7 +159,7 @@ def _answer(written: Written, left_out: Sequence[str] = ()) -> Answer:
         router_id=f"{gethostname()}:{getpid()}",
         **wire.epoch_named(written.published),
     )
-    return wire.encoded(body, status=201 if written.is_new or written.created else 200)
+    return wire.encoded(body, status=status)
 
 
 def _shown(warnings: Sequence[str]) -> list[str]:
