@@ -6,7 +6,6 @@ disk lets a process start while Postgres is away. Only the polling thread replac
 
 import random
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -19,6 +18,7 @@ from common.errors import SetupError
 from common.logs import get_logger
 from config_db.disk_copy import read_copy, write_copy
 from config_db.engine import SILENCE_S, conninfo, is_away, open_engine, reason
+from config_db.former_specs import FormerSpecs
 from config_db.listening import Listener
 from config_db.newer_rows import PRESENT, read_changes
 from config_db.snapshot import EMPTY, Snapshot
@@ -26,10 +26,6 @@ from config_db.spec import ModelSpec
 
 log = get_logger("config_db")
 
-KEPT_SPECS: Final = 1024
-KEPT_CHANGES: Final = 8
-"""Specs that were changed or deleted last stay known, so that requests under way finish on theirs: ``KEPT_SPECS``, or
-those of so many changes of all that is served."""
 JITTER: Final = 0.2
 """Processes spread their polls by this share of the interval."""
 POLL_GAP_S: Final = 0.05
@@ -56,7 +52,8 @@ class SnapshotReader:
         self._copied = EMPTY
         self._copied_at = float("-inf")
         self._snapshot = EMPTY
-        self._retired: OrderedDict[str, ModelSpec] = OrderedDict()
+        self._former = FormerSpecs()
+        self._has_recalled = False
         self._callbacks: list[Callable[[Snapshot], None]] = []
         self._listener: Listener | None = None
         self._stopping = threading.Event()
@@ -109,14 +106,16 @@ class SnapshotReader:
             with Session(self._reading) as session:
                 # a copy may lack what the release that wrote it, or read it, could not read
                 fresh = read_changes(session, EMPTY if self._is_of_copy else held)
+                if not self._has_recalled:
+                    self._former.recall(session, fresh)
             self._replace(fresh)
-            self._is_of_copy = False
+            self._is_of_copy, self._has_recalled = False, True
         self._note_connection(is_connected=True)
         self._keep_copy()
 
     def spec(self, digest: str) -> ModelSpec | None:
         """A spec by digest, of this snapshot or a recent one."""
-        return self._snapshot.by_digest(digest) or self._retired.get(digest)
+        return self._snapshot.by_digest(digest) or self._former.find(digest)
 
     def poll_soon(self) -> None:
         """Look at the epoch at once: a message of a newer one was met."""
@@ -151,7 +150,7 @@ class SnapshotReader:
 
     def _replace(self, fresh: Snapshot) -> None:
         fresh.prepare()
-        self._retire(fresh)
+        self._former.retire(self._snapshot, fresh)
         self._snapshot = fresh
         log.info("epoch_read", epoch=fresh.epoch, models=len(fresh.models))
         for callback in self._callbacks:
@@ -159,19 +158,6 @@ class SnapshotReader:
                 callback(fresh)
             except Exception:  # one listener's fault: the others are told, and the next change comes through
                 log.exception("epoch_callback_failed", epoch=fresh.epoch)
-
-    def _retire(self, fresh: Snapshot) -> None:
-        """Keep the specs that ``fresh`` no longer has, before it takes their place."""
-        for name, model in self._snapshot.models.items():
-            if fresh.models.get(name) is model:
-                continue
-            for spec in (model, *model.profile_specs):
-                if fresh.by_digest(spec.digest) is None:
-                    self._retired[spec.digest] = spec
-                    self._retired.move_to_end(spec.digest)
-        most = max(KEPT_SPECS, KEPT_CHANGES * max(self._snapshot.spec_count(), fresh.spec_count()))
-        while len(self._retired) > most:
-            self._retired.popitem(last=False)
 
     def _keep_copy(self, *, at_once: bool = False) -> None:
         """Have the present snapshot on disk, now or, if the last copy is young, with a later poll."""

@@ -174,6 +174,18 @@ def test_what_was_admitted_before_a_change_is_served_as_it_was(live: LiveFarm) -
     assert width(after) == 8
 
 
+def test_who_starts_after_a_change_serves_what_was_admitted_before_as_it_was(live: LiveFarm) -> None:
+    """As what waits for a farm that starts from zero."""
+    live.add_models(fake_spec("fake/gone", dim=5))
+    waiting = [live.send("x", model=model) for model in (FAKE, "fake/gone")]
+    live.add_models(fake_spec(dim=8))
+    delete(live, "fake/gone")
+    live.start_worker()
+    assert [width(outcome) for outcome in live.wait_outcomes(waiting)] == [4, 5]
+    (after,) = live.wait_outcomes([live.send("x")])
+    assert width(after) == 8
+
+
 def test_tenants_share_a_worker_by_the_weights_of_the_config(live: LiveFarm) -> None:
     live.add_models(fake_spec(batch_ms=10))
     worker = live.start_worker(batch_max_items=1)

@@ -16,9 +16,10 @@ from common.errors import ConfigUnavailableError, SetupError
 from config_db.catalog import apply_models, read_catalog
 from config_db.engine import open_engine, transaction
 from config_db.epochs import lock_epoch, raise_epoch
+from config_db.former_specs import KEPT_SPECS
 from config_db.listening import Listener
 from config_db.migrate import migrate
-from config_db.reader import KEPT_SPECS, SnapshotReader
+from config_db.reader import SnapshotReader
 from config_db.schema import EpochRow, FarmEpoch, ModelRow
 from config_db.spec import ModelSpec, Placement, Profile, Source, plain
 from tests.config_writes import RARELY_S
@@ -309,6 +310,21 @@ def test_one_change_of_all_that_is_served_forgets_no_spec(engine: Engine, reader
         later = [msgspec.structs.replace(one, options={"version": version}) for one in models]
         read(reader, publish(engine, *later))
     assert all(reader.spec(one.digest) == one for model in models for one in (model, *model.profile_specs))
+
+
+def test_who_comes_late_knows_what_models_were_before(engine: Engine, reader: SnapshotReader) -> None:
+    """From the history: of models changed and gone, their profiles too; what cannot be read is left out."""
+    first = msgspec.structs.replace(spec("a", version=1), profiles={"short": Profile(max_length=8)})
+    publish(engine, first, spec("gone"))
+    publish(engine, spec("a", version=2), prune=True)
+    publish(engine, spec("a", version=3))
+    with engine.begin() as connection:
+        broken = text("update history set before = '{}' where kind = 'model' and before is null")
+        assert connection.execute(broken).rowcount == 2
+    reader.poll()
+    former = [first, first.with_profile("short"), spec("a", version=2), spec("gone")]
+    assert [reader.spec(one.digest) for one in former] == former
+    assert reader.current.models == {"a": spec("a", version=3)}
 
 
 def test_a_model_that_goes_takes_its_origin_along(engine: Engine, reader: SnapshotReader) -> None:
