@@ -4,13 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from psycopg.errors import UndefinedColumn, UndefinedTable
-from sqlalchemy import Engine
+from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import NoResultFound, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from common.errors import SetupError
 from common.logs import configure_logs
 from config_db.engine import open_engine, ping, reason, transaction
+
+LOCK_WAIT_S = 90
+"""How long a command waits for another change to end: longer than a writer that is gone holds up the others
+(``config_db.epochs.IDLE_S``)."""
 
 
 @contextmanager
@@ -35,11 +39,12 @@ def writing(database_url: str) -> Iterator[Session]:
 
     Raises:
         SetupError: PostgreSQL did not answer, or has no schema of ours.
-        ConfigUnavailableError: PostgreSQL has gone away since.
+        ConfigUnavailableError: PostgreSQL has gone away since, or another change does not end.
     """
     engine = _open(database_url)
     try:
         with _explained(), transaction(engine) as session:
+            session.execute(select(func.set_config("lock_timeout", f"{LOCK_WAIT_S}s", True)))
             yield session
     finally:
         engine.dispose()

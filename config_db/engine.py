@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from psycopg.conninfo import make_conninfo
-from psycopg.errors import ReadOnlySqlTransaction
+from psycopg.errors import LockNotAvailable, ReadOnlySqlTransaction
 from sqlalchemy import Engine, create_engine, func, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
@@ -78,7 +78,7 @@ def transaction(engine: Engine) -> Iterator[Session]:
 
     Raises:
         ConfigUnavailableError: PostgreSQL does not answer, and whether a commit then took place is not known; or it is
-            a standby and takes no changes.
+            a standby and takes no changes; or another change kept its locks for longer than ``lock_timeout``.
     """
     try:
         with Session(engine) as session, session.begin():
@@ -88,6 +88,8 @@ def transaction(engine: Engine) -> Iterator[Session]:
             raise
         log.warning("config_db_away", reason=reason(error))  # names hosts, which callers are not told
         message = "the config DB does not answer, or to readers only, so nothing can be changed"
+        if isinstance(error.orig, LockNotAvailable):
+            message = "another change of the config DB has not ended yet, so this one was given up"
         raise ConfigUnavailableError(message, retry_after_s=RETRY_AFTER_S) from error
 
 

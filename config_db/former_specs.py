@@ -4,8 +4,7 @@ from collections import OrderedDict
 from typing import Final
 
 import msgspec
-from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, func, select
 
 from common.logs import get_logger
 from config_db.rows import read_row
@@ -20,7 +19,7 @@ KEPT_CHANGES: Final = 8
 """So many of the last ones stay known: ``KEPT_SPECS``, or those of so many changes of all that is served."""
 _CHANGED: Final = (
     select(HistoryRow.name, HistoryRow.before)
-    .where(HistoryRow.kind == "model", HistoryRow.before.is_not(None))
+    .where(HistoryRow.kind == "model", func.jsonb_typeof(HistoryRow.before) == "object")
     .order_by(HistoryRow.id.desc())
     .limit(KEPT_SPECS)
 )
@@ -40,14 +39,14 @@ class FormerSpecs:
         """The spec with this digest, of a model or of a profile, if it is among those that are kept."""
         return self._specs.get(digest)
 
-    def recall(self, session: Session, present: Snapshot) -> None:
+    def recall(self, connection: Connection, present: Snapshot) -> None:
         """Learn from the history what models were before this process came.
 
         Args:
-            session: of the transaction in which ``present`` was read.
+            connection: in the transaction in which ``present`` was read.
             present: what is served.
         """
-        for name, before in reversed(session.execute(_CHANGED).all()):
+        for name, before in reversed(connection.execute(_CHANGED).all()):
             try:
                 self._keep(read_row(name, before), present)
             except msgspec.ValidationError as error:

@@ -33,6 +33,13 @@ class Likeness:
         return sorted(best, key=lambda meant: (-best[meant], meant))[:most]
 
 
+def remember(names: Iterable[str]) -> None:
+    """Do ahead what comparing with these names takes, but for a third of a microsecond each."""
+    for name in names:
+        _pairs(name)
+        _pairs(_last(name))
+
+
 def _last(name: str) -> str:
     return name.rpartition("/")[2]
 

@@ -6,8 +6,22 @@ from typing import Any, Final
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import BigInteger, Select, String, bindparam, cast, func, literal, null, select, union_all
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    DateTime,
+    Select,
+    String,
+    bindparam,
+    cast,
+    func,
+    literal,
+    null,
+    select,
+    union_all,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import aliased
 
 from common.logs import get_logger
 from config_db.access import KeySpec, PoolSpec, TenantSpec
@@ -27,12 +41,6 @@ _KEEPS_TOMBSTONES: Final = (
     .scalar_subquery()
 )
 """Whether no clock that stamped or purged since ``epoch`` was so far from another that a tombstone may be gone."""
-PRESENT_AND_THEN: Final = select(
-    FarmEpoch.number,
-    FarmEpoch.id,
-    select(EpochRow.id).where(EpochRow.number == _HELD, _KEEPS_TOMBSTONES).scalar_subquery(),
-).where(FarmEpoch.only_one == 1)
-"""The poll, and the id that history knows for ``epoch``; none if tombstones since that epoch may be gone already."""
 FIELDS: Final[Mapping[Kind, str]] = MappingProxyType(
     {"model": "models", "pool": "pools", "tenant": "tenants", "key": "keys", "setting": "settings"}
 )
@@ -47,23 +55,45 @@ def _rows(kind: Kind) -> Select[Any]:
     return select(literal(kind).label("kind"), rows.id, rows.spec, origin, rows.epoch, rows.deleted_at)
 
 
-NEWER: Final = union_all(*(_rows(kind).where(ROWS[kind].epoch > _HELD) for kind in ROWS))
-"""The rows of all kinds changed since ``epoch``, tombstones included, in one round trip."""
+_EPOCH: Final = "epoch"
+"""The kind of the row that tells the present epoch; as its content, the id that history knows for the one that is held:
+none if tombstones since that may be gone already."""
+_ID_THEN: Final = select(EpochRow.id).where(EpochRow.number == _HELD, _KEEPS_TOMBSTONES).scalar_subquery()
+_EPOCH_ROW: Final = select(
+    literal(_EPOCH).label("kind"),
+    cast(FarmEpoch.id, String).label("id"),
+    func.to_jsonb(cast(_ID_THEN, String), type_=JSONB).label("spec"),
+    cast(null(), String).label("origin"),
+    FarmEpoch.number.label("epoch"),
+    cast(null(), DateTime(timezone=True)).label("deleted_at"),
+).where(FarmEpoch.only_one == 1)
+NEWER: Final = union_all(_EPOCH_ROW, *(_rows(kind).where(ROWS[kind].epoch > _HELD) for kind in ROWS))
+"""The present epoch, and the rows of all kinds changed since ``epoch``, tombstones included: one statement, so that all
+of it is of one instant without a transaction around it."""
 LIVING: Final = union_all(*(_rows(kind).where(ROWS[kind].deleted_at.is_(None)) for kind in ROWS))
 """The rows of all kinds that are not deleted."""
 
 
-def read_changes(session: Session, held: Snapshot) -> Snapshot:
-    """The present snapshot. What has not changed since ``held`` is the same object in both.
+def read_newer(connection: Connection, held: Snapshot) -> Snapshot | None:
+    """The present snapshot, of what is newer than ``held``; what has not changed is the same object in both.
+
+    None if what is held is not of the past of this very database, or so old that deletions since may be forgotten.
+    """
+    rows = connection.execute(NEWER, {"epoch": held.epoch}).all()
+    (present,) = (row for row in rows if row.kind == _EPOCH)
+    if present.spec != str(held.epoch_id):
+        return None
+    return _laid_over(held, (row for row in rows if row is not present), present.epoch, UUID(present.id))
+
+
+def read_whole(connection: Connection) -> Snapshot:
+    """The present snapshot, all of it anew.
 
     Args:
-        session: of a transaction in which every statement sees the same (REPEATABLE READ).
-        held: what is known; if it is not of the past of this very database, everything is read anew.
+        connection: in a transaction in which every statement sees the same (REPEATABLE READ).
     """
-    number, epoch_id, id_then = session.execute(PRESENT_AND_THEN, {"epoch": held.epoch}).one()
-    if id_then == held.epoch_id:
-        return _laid_over(held, session.execute(NEWER, {"epoch": held.epoch}), number, epoch_id)
-    return _laid_over(EMPTY, session.execute(LIVING), number, epoch_id)
+    number, epoch_id = connection.execute(PRESENT).one()
+    return _laid_over(EMPTY, connection.execute(LIVING), number, epoch_id)
 
 
 def read_spec(kind: Kind, name: str, content: Mapping[str, Any]) -> Any:

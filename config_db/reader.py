@@ -12,7 +12,6 @@ from time import monotonic
 from typing import Final
 
 from sqlalchemy.exc import NoResultFound, ProgrammingError, SQLAlchemyError
-from sqlalchemy.orm import Session
 
 from common.errors import SetupError
 from common.logs import get_logger
@@ -20,7 +19,7 @@ from config_db.disk_copy import read_copy, write_copy
 from config_db.engine import SILENCE_S, conninfo, is_away, open_engine, reason
 from config_db.former_specs import FormerSpecs
 from config_db.listening import Listener
-from config_db.newer_rows import PRESENT, read_changes
+from config_db.newer_rows import PRESENT, read_newer, read_whole
 from config_db.snapshot import EMPTY, Snapshot
 from config_db.spec import ModelSpec
 
@@ -53,12 +52,11 @@ class SnapshotReader:
         self._copied_at = float("-inf")
         self._snapshot = EMPTY
         self._former = FormerSpecs()
-        self._has_recalled = False
         self._callbacks: list[Callable[[Snapshot], None]] = []
         self._listener: Listener | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._is_of_copy = False
+        self._has_read = False
         self._was_connected = False
         self._answered_at = float("-inf")
 
@@ -99,19 +97,27 @@ class SnapshotReader:
         Raises:
             SQLAlchemyError: Postgres cannot be read.
         """
-        with self._looking.connect() as connection:
-            present = connection.execute(PRESENT).one()
-        held = self._snapshot
-        if self._is_of_copy or present != (held.epoch, held.epoch_id):
-            with Session(self._reading) as session:
-                # a copy may lack what the release that wrote it, or read it, could not read
-                fresh = read_changes(session, EMPTY if self._is_of_copy else held)
-                if not self._has_recalled:
-                    self._former.recall(session, fresh)
+        fresh = self._read()
+        if fresh is not None:
             self._replace(fresh)
-            self._is_of_copy, self._has_recalled = False, True
         self._note_connection(is_connected=True)
         self._keep_copy()
+
+    def _read(self) -> Snapshot | None:
+        """The present snapshot; None if it is the one that is held."""
+        if self._has_read:  # else there is only a copy, which may lack what the release that wrote it could not read
+            with self._looking.connect() as connection:
+                if connection.execute(PRESENT).one() == (self._snapshot.epoch, self._snapshot.epoch_id):
+                    return None
+                fresh = read_newer(connection, self._snapshot)
+                if fresh is not None:
+                    return fresh
+        with self._reading.connect() as connection:
+            fresh = read_whole(connection)
+            if not self._has_read:
+                self._former.recall(connection, fresh)
+        self._has_read = True
+        return fresh
 
     def spec(self, digest: str) -> ModelSpec | None:
         """A spec by digest, of this snapshot or a recent one."""
@@ -149,7 +155,7 @@ class SnapshotReader:
         listener.close()
 
     def _replace(self, fresh: Snapshot) -> None:
-        fresh.prepare()
+        fresh.prepare(self._snapshot)
         self._former.retire(self._snapshot, fresh)
         self._snapshot = fresh
         log.info("epoch_read", epoch=fresh.epoch, models=len(fresh.models))
@@ -182,7 +188,6 @@ class SnapshotReader:
             raise SetupError(f"{_why(error)}; and there is no copy on disk to start from") from error
         copy.prepare()
         self._snapshot = self._copied = copy
-        self._is_of_copy = True
         log.warning("config_db_away", reason=_why(error), epoch=copy.epoch, serving="the copy on disk")
 
 

@@ -6,6 +6,7 @@ How it is read and kept current is for ``reader``.
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, Final
 from uuid import UUID
@@ -14,7 +15,7 @@ import msgspec
 
 from common.errors import ModelNotFoundError
 from config_db.access import KeySpec, PoolSpec, TenantSpec
-from config_db.likeness import Likeness
+from config_db.likeness import Likeness, remember
 from config_db.spec import DEFAULT_PROFILE, ModelSpec
 
 NEAREST: Final = 3
@@ -76,9 +77,17 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
             | {profile for pool in self.pools.values() if not pool.is_leased for profile in pool.machine_profiles}
         )
 
-    def prepare(self) -> None:
-        """Make what looking up needs, which the first request would wait for otherwise."""
-        _ = self._names, self._digests, self._likeness
+    def prepare(self, held: "Snapshot | None" = None) -> None:
+        """Make what looking up needs, which the first request would wait for otherwise.
+
+        Args:
+            held: the snapshot before this one, prepared.
+        """
+        _ = self._names, self._digests
+        before = held.models if held is not None else _NOTHING
+        for name, spec in self.models.items():
+            if before.get(name) is not spec:
+                remember((name, *spec.aliases))
 
     def spec_count(self) -> int:
         """How many specs there are, those of profiles included."""
@@ -94,7 +103,9 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def _names(self) -> Mapping[str, ModelSpec]:
         """What requests may name: aliases, and before them ids, should a row of another release claim a taken one."""
-        names = {alias: spec for _, spec in sorted(self.models.items(), reverse=True) for alias in spec.aliases}
+        named = [spec for spec in self.models.values() if spec.aliases]
+        named.sort(key=attrgetter("id"), reverse=True)
+        names = {alias: spec for spec in named for alias in spec.aliases}
         names.update(self.models)
         names.update((profile.id, profile) for profile in self._profile_specs)
         return names
@@ -103,7 +114,7 @@ class Snapshot(msgspec.Struct, frozen=True, dict=True):
     def _digests(self) -> Mapping[str, ModelSpec]:
         return {spec.digest: spec for spec in (*self.models.values(), *self._profile_specs)}
 
-    @property
+    @cached_property
     def _profile_specs(self) -> list[ModelSpec]:
         return [profile for spec in self.models.values() if spec.profiles for profile in spec.profile_specs]
 
