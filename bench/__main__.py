@@ -43,6 +43,7 @@ FIGURES: dict[str, tuple[Figure, float | None, float | None]] = {
     "growth": (figures.growth, None, None),
     "epoch_poll_cpu_ms": (config.epoch_poll_cpu_ms, 1.0, 0.3),
     "delta_p99_ms": (config.delta_p99_ms, 200, 100),
+    "delta_unheard_p99_ms": (config.delta_unheard_p99_ms, config.POLL_S * 1e3, config.POLL_S * 500),
     "resolve_us": (config.resolve_us, 20, 1),
     "apply1000_s": (apply1000_s, 10, 3),
     "adapters8_ratio": (adapters8_ratio, 0.6, 0.8),

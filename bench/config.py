@@ -10,12 +10,15 @@ from time import monotonic, perf_counter, process_time, sleep
 from typing import IO, Final
 from uuid import uuid4
 
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from bench.figures import Effort, Measured
 from config_db.engine import open_engine
+from config_db.epochs import lock_epoch, raise_epoch
 from config_db.publish import Put, publish
 from config_db.reader import SnapshotReader
+from config_db.schema import ModelRow
 from config_db.snapshot import Snapshot
 from config_db.spec import ModelSpec, Profile, Source, plain
 from tests.services import PostgresServer
@@ -51,23 +54,38 @@ def epoch_poll_cpu_ms(effort: Effort) -> Measured:
 
 def delta_p99_ms(effort: Effort) -> Measured:
     """From the commit of a change of one model until 50 readers serve it, the slowest in a hundred, in ms."""
+    pause_s = effort.seconds / CHANGES
+    return _delta(effort, _publish, CHANGES, pause_s)
+
+
+def delta_unheard_p99_ms(effort: Effort) -> Measured:
+    """The same for a change that no NOTIFY tells of, so that the next poll finds it."""
+    return _delta(effort, _write_unheard, int(effort.seconds / POLL_S) + 1, 0.0)
+
+
+def _delta(effort: Effort, write: Callable[[Session, ModelSpec], int], changes: int, pause_s: float) -> Measured:
     measured = Measured()
     with _config_db() as url, _readers(url) as readers:
         engine = open_engine(url)
         for _ in range(effort.rounds):
             waits: list[float] = []
-            for number in range(CHANGES):
+            for number in range(changes):
                 with Session(engine) as session:
-                    changed = _model(number, changed=uuid4().hex)
-                    epoch = publish(session, [_put(changed)], actor="bench", reason="bench").epoch
+                    epoch = write(session, _model(number, changed=uuid4().hex))
                     committing_at = monotonic()
                     session.commit()
                 waits += [(heard_at - committing_at) * 1e3 for heard_at in readers(epoch)]
-                sleep(effort.seconds / CHANGES)
+                sleep(pause_s)
             measured.samples.append(quantiles(waits, n=100)[98])
         measured.note(f"last round: median {median(waits):.0f} ms, slowest {max(waits):.0f} ms")
         engine.dispose()
     return measured
+
+
+def _write_unheard(session: Session, model: ModelSpec) -> int:
+    epoch = raise_epoch(session, lock_epoch(session), actor="bench", reason="bench")
+    session.execute(update(ModelRow).where(ModelRow.id == model.id).values(spec=plain(model), epoch=epoch))
+    return epoch
 
 
 def resolve_us(effort: Effort) -> Measured:
@@ -103,7 +121,7 @@ def _config_db() -> Iterator[str]:
         url = postgres.fresh_database()
         engine = open_engine(url)
         with Session(engine) as session, session.begin():
-            publish(session, [_put(_model(number)) for number in range(MODELS)], actor="bench", reason="bench")
+            _publish(session, *(_model(number) for number in range(MODELS)))
         engine.dispose()
         yield url
     finally:
@@ -153,5 +171,6 @@ def _model(number: int, **options: str) -> ModelSpec:
     )
 
 
-def _put(spec: ModelSpec) -> Put:
-    return Put("model", spec.id, plain(spec))
+def _publish(session: Session, *models: ModelSpec) -> int:
+    puts = [Put("model", spec.id, plain(spec)) for spec in models]
+    return publish(session, puts, actor="bench", reason="bench").epoch

@@ -26,7 +26,7 @@ from config_db.spec import ModelSpec
 log = get_logger("config_db")
 
 JITTER: Final = 0.2
-"""Processes spread their polls by this share of the interval."""
+"""Processes spread their polls: each waits shorter than the interval, by up to this share of it."""
 POLL_GAP_S: Final = 0.05
 """However often it is nudged, a process rests so long between two polls: many writers must not keep it busy."""
 COPY_GAP_S: Final = 1.0
@@ -38,7 +38,7 @@ class SnapshotReader:
 
     Args:
         database_url: the config DB.
-        poll_s: seconds between two looks at the epoch when nobody tells of a new one.
+        poll_s: seconds between two looks at the epoch, at most, when nobody tells of a new one.
         copy_path: where the snapshot is kept across restarts; None keeps no copy.
     """
 
@@ -68,7 +68,7 @@ class SnapshotReader:
     @property
     def is_connected(self) -> bool:
         """Whether the config DB has answered the last poll, and none is overdue: a frozen one says nothing."""
-        return self._was_connected and monotonic() - self._answered_at < self._poll_s * (1 + JITTER) + SILENCE_S
+        return self._was_connected and monotonic() - self._answered_at < self._poll_s + SILENCE_S
 
     @property
     def is_listening(self) -> bool:
@@ -142,7 +142,7 @@ class SnapshotReader:
 
     def _run(self, listener: Listener) -> None:
         while not self._stopping.wait(POLL_GAP_S):
-            listener.wait(self._poll_s * random.uniform(1 - JITTER, 1 + JITTER))  # noqa: S311 - no secret
+            listener.wait(self._poll_s * random.uniform(1 - JITTER, 1))  # noqa: S311 - no secret
             if self._stopping.is_set():
                 break
             try:

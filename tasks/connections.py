@@ -95,7 +95,8 @@ class Connections:
         self.publisher.close()
         self.replies.close()
         self.results.close()
-        self._redis.close()
+        with self._paces_lock, self._clock_lock:  # who asks aside has its answer, or has given up
+            self._redis.close()
 
     def _sync_clock_first(self) -> None:
         """Measure the clock before anything is published; one caller asks, and all that wait share its fate."""

@@ -89,7 +89,10 @@ def test_tokens_come_from_a_file_and_admin_tokens_may_write(start: Callable[...,
     file.write_text(f"{TOKEN}\n\n")
     web = start(AUTH="static", AUTH_TOKENS_FILE=str(file), AUTH_ADMIN_TOKENS=ADMIN)
     assert ask(web, TOKEN).status_code == 200
-    assert code(ask(web, TOKEN, path="/v1/configs/models")) == (403, "FORBIDDEN")
+    refused = ask(web, TOKEN, path="/v1/configs/models")
+    assert code(refused) == (403, "FORBIDDEN")
+    assert refused.json()["detail"]["error"] == "forbidden"
+    assert web.http.get("/v1/configs/models").json()["detail"]["error"] == "unauthenticated"
     assert ask(web, ADMIN, path="/v1/configs/models").status_code not in (401, 403)
 
 

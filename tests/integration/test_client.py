@@ -19,8 +19,9 @@ from common.errors import (
     QueueUnavailableError,
     TaskNotFoundError,
 )
-from tasks import codec, names
+from tasks import codec, live_workers, names
 from tasks.client import FarmClient
+from tasks.connections import Connections
 from tasks.following import OVERDUE_GRACE_S
 from tasks.messages import INLINE_BODY_BYTES, Request
 from tasks.names import Lane, Operation
@@ -257,6 +258,26 @@ def test_redis_away_is_said_within_three_seconds_and_forgotten_when_it_is_back(
     back_at = time.monotonic()
     wait_until(lambda: _error_of(client, "again") is None, 5, "requests to succeed again")
     assert time.monotonic() - back_at < 5
+
+
+def test_closing_waits_for_what_is_asked_aside(client: FarmClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    asking, go_on, answers = threading.Event(), threading.Event(), []
+
+    def ask_slowly(connections: Connections) -> list[live_workers.WorkerView]:
+        asking.set()
+        assert go_on.wait(20)
+        answers.append(connections.ask("PING"))
+        return []
+
+    monkeypatch.setattr(live_workers, "live_workers", ask_slowly)
+    client.queue_lengths({QUEUE})
+    assert asking.wait(10)
+    closing, _ = in_thread(client.close)
+    closing.join(0.2)
+    assert closing.is_alive()
+    go_on.set()
+    closing.join(10)
+    assert (closing.is_alive(), answers) == (False, [True])
 
 
 def test_a_redis_that_hangs_is_given_up_within_three_seconds(own_redis: RedisServer, own: Own) -> None:

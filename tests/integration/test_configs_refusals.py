@@ -1,5 +1,6 @@
 """What is wrong with a request is told with the field's path, and changes nothing."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -164,6 +165,11 @@ def test_a_document_beyond_a_mebibyte(web: Web, size: int) -> None:
         refused = web.http.post(MODELS, content=content)
         assert refused.status_code == 413
         assert refused.json()["detail"]["error"] == "payload_too_large"
+
+
+def test_a_compressed_document(web: Web) -> None:
+    refused = web.http.post(MODELS, content=gzip.compress(with_fields().encode()), headers={"Content-Encoding": "gzip"})
+    assert (refused.status_code, refused.json()["detail"]["error"]) == (415, "unsupported_media_type")
 
 
 def test_no_document(web: Web) -> None:

@@ -169,7 +169,8 @@ def test_the_name_may_stand_where_an_id_does(web: Web, key: str) -> None:
 
 
 def test_what_cannot_be_resolved(web: Web) -> None:
-    assert resolve(web, model="not/there").json()["detail"]["error"] == "model_not_found"
+    missing = resolve(web, model="not/there").json()["detail"]
+    assert (missing["error"], missing["model_id"]) == ("model_not_found", "not/there")
     for conflict in (resolve(web, model="org/m", bundle="other"), resolve(web, model="other:/org/m")):
         assert (conflict.status_code, conflict.json()["detail"]["compatible_bundles"]) == (409, ["default"])
         assert conflict.json()["detail"]["error"] == "bundle_conflict"

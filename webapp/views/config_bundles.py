@@ -18,6 +18,7 @@ from config_db.documents import convert
 from config_db.export import to_yaml
 from config_db.families import why_unsupported
 from config_db.model_writes import ID_KEYS
+from config_db.snapshot import NAME_SHOWN
 from config_db.spec import DEFAULT_PROFILE
 from webapp.bundles import BUNDLE, bundles_of, families
 from webapp.farm import farm
@@ -84,7 +85,11 @@ def resolve() -> ResponseReturnValue:
     body = convert(_under_model(wire.read_write().document), ResolveBody)
     prefix, colon, rest = body.model.partition(":/")
     name, bundle = (rest, prefix) if colon else (body.model, body.bundle)
-    spec = here.served.model(name)
+    try:
+        spec = here.served.model(name)
+    except ModelNotFoundError as error:
+        named = {**error.details, "model_id": name[:NAME_SHOWN]}
+        raise ModelNotFoundError(error.message, param="model", details=named) from error
     compatible = bundles_of(spec, here.settings.family_places)
     if bundle is not None and bundle not in compatible:
         raise ContentConflictError(

@@ -21,10 +21,13 @@ from common.errors import (
     DocumentError,
     EpochConflictError,
     FarmError,
+    ForbiddenError,
     IdempotencyError,
+    MediaTypeError,
     ModelNotFoundError,
     NotFoundError,
     RequestError,
+    UnauthenticatedError,
 )
 from config_db.documents import MAX_DOCUMENT_BYTES, parse
 from config_db.idempotency import Answer
@@ -43,6 +46,9 @@ MERGE_PATCH: Final = "application/merge-patch+json"
 _CODES: Final[Mapping[type[FarmError], str]] = {
     FarmError: "internal_error",
     RequestError: "invalid_request",
+    UnauthenticatedError: "unauthenticated",
+    ForbiddenError: "forbidden",
+    MediaTypeError: "unsupported_media_type",
     NotFoundError: "not_found",
     ModelNotFoundError: "model_not_found",
     BodyTooLargeError: "payload_too_large",
