@@ -142,7 +142,8 @@ class SnapshotReader:
 
     def _run(self, listener: Listener) -> None:
         while not self._stopping.wait(POLL_GAP_S):
-            listener.wait(self._poll_s * random.uniform(1 - JITTER, 1))  # noqa: S311 - no secret
+            interval_s = self._poll_s * random.uniform(1 - JITTER, 1)  # noqa: S311 - no secret
+            listener.wait(max(0.0, interval_s - POLL_GAP_S))
             if self._stopping.is_set():
                 break
             try:
