@@ -127,7 +127,7 @@ def export(
     from cli.database import reading
     from config_db.epochs import epoch_now
 
-    replaced = export_folder.check_free(directory, force=force, families=_families())
+    replaced = export_folder.check_free(directory, force=force, families=own_families())
     with reading(local_farm.database_url(data_dir)) as session:
         epoch, _ = epoch_now(session)
         files = export_folder.render(session, with_schema=schema)
@@ -254,7 +254,7 @@ def _read(directory: Path) -> "ConfigFiles":
     """The files of a directory; SetupError, each fault told, unless all are right."""
     from config_db.config_files import read_files
 
-    files = read_files(directory, families=_families())
+    files = read_files(directory, families=own_families())
     if not files.files:
         raise SetupError(f"{directory} holds no YAML file")
     if files.faults:
@@ -265,7 +265,7 @@ def _read(directory: Path) -> "ConfigFiles":
     return files
 
 
-def _families() -> list[str]:
+def own_families() -> list[str]:
     """Names of the operator's own families."""
     return [*load_settings(CommonSettings).family_places]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from psycopg.errors import UndefinedColumn, UndefinedTable
 from sqlalchemy import Engine, func, select
@@ -12,7 +13,7 @@ from common.errors import SetupError
 from common.logs import configure_logs
 from config_db.engine import open_engine, ping, reason, transaction
 
-LOCK_WAIT_S = 90
+LOCK_WAIT_S: Final = 90
 """How long a command waits for another change to end: longer than a writer that is gone holds up the others
 (``config_db.epochs.IDLE_S``)."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import local_farm
-from cli.config import DataDir
+from cli.config import DataDir, own_families
 from cli.screen import Screen
 from cli.weights import Transfer, ask
 from common.errors import SetupError
@@ -34,8 +34,8 @@ def show(
     """List what is served."""
     from cli import catalogue
 
-    specs = catalogue.published(local_farm.database_url(data_dir))
-    refused = [(spec.id, spec.family, why) for spec in specs if (why := why_unsupported(spec)) is not None]
+    specs, families = catalogue.published(local_farm.database_url(data_dir)), own_families()
+    refused = [(spec.id, spec.family, why) for spec in specs if (why := why_unsupported(spec, families)) is not None]
     screen = Screen()
     if unsupported:
         screen.table(("model", "family", "why it cannot be served"), refused)
@@ -117,7 +117,7 @@ def _asked(name: str, data_dir: Any) -> dict[str, Any]:
     from cli import catalogue
 
     spec = catalogue.find(local_farm.database_url(data_dir), name)
-    why = why_unsupported(spec)
+    why = why_unsupported(spec, own_families())
     if why is not None:
         raise SetupError(f"model {name!r} cannot be served: {why}")
     return {"source": plain(spec.source), "formats": spec.trust.formats}

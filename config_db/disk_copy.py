@@ -4,7 +4,6 @@ Readable by its owner alone: it holds the hashes of API keys. It is read as rows
 serves, too; what cannot be read is left out and named in the log.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -48,7 +47,6 @@ def write_copy(path: Path, snapshot: Snapshot) -> None:
             try:
                 beside.write(whole)
                 beside.flush()
-                os.fsync(beside.fileno())
                 Path(beside.name).replace(path)
             except OSError:
                 Path(beside.name).unlink(missing_ok=True)

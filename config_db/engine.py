@@ -86,10 +86,16 @@ def transaction(engine: Engine) -> Iterator[Session]:
     except DBAPIError as error:
         if not is_away(error):
             raise
-        log.warning("config_db_away", reason=reason(error))  # names hosts, which callers are not told
-        message = "the config DB does not answer, or to readers only, so nothing can be changed"
+        event, message = (
+            "config_db_away",
+            "the config DB does not answer, or to readers only, so nothing can be changed",
+        )
         if isinstance(error.orig, LockNotAvailable):
-            message = "another change of the config DB has not ended yet, so this one was given up"
+            event, message = (
+                "config_db_busy",
+                "another change of the config DB has not ended yet, so this one was given up",
+            )
+        log.warning(event, reason=reason(error))  # names hosts, which callers are not told
         raise ConfigUnavailableError(message, retry_after_s=RETRY_AFTER_S) from error
 
 

@@ -10,8 +10,9 @@ import msgspec
 from common.errors import FarmError
 
 MOST_FAULTS: Final = 20
-_REQUIRED: Final = {"id": "x", "family": "dense", "source": {"path": "/x"}}
-"""What stands in for a field that must be there, so that the rest can be looked at."""
+_REQUIRED: Final = {"id": "x", "family": "x", "source": {"path": "/x"}}
+"""What stands in for a field that must be there, so that the rest can be looked at; a family that nobody knows, since
+what the model does is held against one that is known."""
 _STEP: Final = re.compile(r"\[(\d+)\]|\[(?:'([^']*)'|\"([^\"]*)\")\]|([^.\[\]]+)")
 
 
@@ -63,6 +64,8 @@ def _mend(document: Any, path: str) -> bool:
         return False
     if steps[0] in _REQUIRED:
         document[steps[0]] = deepcopy(_REQUIRED[str(steps[0])])
+        if steps[0] == "family":
+            document.setdefault("unsupported", "its family is not known")  # else no document may name such a one
         return True
     holder: Any = None
     part = document

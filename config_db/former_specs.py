@@ -3,10 +3,10 @@
 from collections import OrderedDict
 from typing import Final
 
-import msgspec
 from sqlalchemy import Connection, func, select
 
 from common.logs import get_logger
+from config_db.newer_rows import UNREADABLE
 from config_db.rows import read_row
 from config_db.schema import HistoryRow
 from config_db.snapshot import Snapshot
@@ -49,7 +49,7 @@ class FormerSpecs:
         for name, before in reversed(connection.execute(_CHANGED).all()):
             try:
                 self._keep(read_row(name, before), present)
-            except msgspec.ValidationError as error:
+            except UNREADABLE as error:
                 log.info("former_spec_unreadable", model=name, error=str(error))
         self._forget(present.spec_count())
 

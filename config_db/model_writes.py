@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from common.errors import ConfigError, ContentConflictError, ModelNotFoundError, RequestError
@@ -18,6 +19,7 @@ from config_db.epochs import lock_epoch
 from config_db.publish import Delete, Published, Put, live, publish
 from config_db.refusals import in_words
 from config_db.rows import newer_fields, read_row
+from config_db.schema import ModelRow
 from config_db.spec import DEFAULT_PROFILE, FieldError, ModelId, ModelSpec, check_id, plain
 
 ID_KEYS: Final = ("model_id", "sie_id", "id")
@@ -196,7 +198,10 @@ def _read(given: Given, fields: Mapping[str, Any], families: Collection[str]) ->
     try:
         return read_model({**fields, "id": given.model_id}, families=families)
     except ConfigError as error:
-        raise sie.in_their_words(error, given.origins) from error
+        told = sie.in_their_words(error, given.origins)
+        if told is error:
+            raise
+        raise told from error
 
 
 def _put(session: Session, spec: ModelSpec, intent: Intent) -> Published:
@@ -252,6 +257,8 @@ def _created(stored: Mapping[str, Any] | None, spec: ModelSpec) -> tuple[str, ..
 
 def _not_found(session: Session, name: str) -> ModelNotFoundError:
     """Also for an alias, which a model is read by and not changed by."""
-    owner = next((model for model, row in live(session, "model").items() if name in row.get("aliases", ())), None)
+    owner = session.scalars(
+        select(ModelRow.id).where(ModelRow.deleted_at.is_(None), ModelRow.spec["aliases"].contains([name]))
+    ).first()
     hint = f": it is an alias of {owner!r}, which is changed by its id" if owner is not None else ""
     return ModelNotFoundError(f"there is no model {name!r}{hint}", param="model_id", details={"model_id": name})

@@ -40,7 +40,7 @@ _KEEPS_TOMBSTONES: Final = (
     .where(_SINCE.number >= _HELD)
     .scalar_subquery()
 )
-"""Whether no clock that stamped or purged since ``epoch`` was so far from another that a tombstone may be gone."""
+"""Whether no clock that stamped an epoch since ``epoch`` was so far from another that a tombstone may be gone."""
 FIELDS: Final[Mapping[Kind, str]] = MappingProxyType(
     {"model": "models", "pool": "pools", "tenant": "tenants", "key": "keys", "setting": "settings"}
 )

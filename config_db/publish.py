@@ -190,7 +190,9 @@ def _check_names(session: Session, changed: Mapping[str, Mapping[str, Any] | Non
 
 
 def _name_taken(alias: str, name: str, owner: str, changed: Mapping[str, object]) -> ConfigError:
-    """What to tell whoever writes one of two models that would share a name: of the model that they write."""
+    """What to tell whoever writes one of two models that would share a name: of the model that they write, if any."""
+    if name not in changed and owner not in changed:  # rows of another release
+        return ConfigError(f"model {name!r}: the alias {alias!r} is a name of model {owner!r} already")
     if name in changed or alias != owner:
         written, other = (name, owner) if name in changed else (owner, name)
         message = f"model {written!r}: the alias {alias!r} is a name of model {other!r} already"

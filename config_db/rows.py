@@ -33,6 +33,8 @@ def read_row_as(kind: type[T], name: str, content: Mapping[str, Any]) -> T:
     Raises:
         msgspec.ValidationError: the row makes no spec even so.
     """
+    if not isinstance(content, Mapping):
+        raise msgspec.ValidationError("what stands in the row is no mapping")
     content = _as_now(content) if kind is ModelSpec else content
     try:
         return msgspec.convert(content, kind)
@@ -68,7 +70,7 @@ def _as_now(content: Mapping[str, Any]) -> dict[str, Any]:
     """A model's row as this release writes it."""
     spec = dict(content)
     placed = {field: spec.pop(field) for field in _PLACED if field in spec}
-    if placed:
+    if placed and isinstance(spec.get("placement", {}), Mapping):
         spec["placement"] = {**placed, **spec.get("placement", {})}
     return {**spec, **left_open(spec)}
 

@@ -5,7 +5,7 @@ Nothing is guessed: what has no counterpart here is left out and named in a warn
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import msgspec
 
@@ -13,7 +13,7 @@ from common.errors import ConfigError
 from config_db.documents import convert
 from config_db.families import FAMILIES
 from config_db.field_paths import below, joined, leads_to
-from config_db.spec import DEFAULT_PROFILE, Name, Positive, Precision
+from config_db.spec import DEFAULT_PROFILE, Input, Name, Operation, Output, Positive, Precision
 
 _OURS: Final = frozenset(("family", "source"))
 _THEIRS: Final = frozenset(("hf_id", "hf_revision", "tasks", "max_sequence_length", "weights_path"))
@@ -81,6 +81,8 @@ _ORIGINS: Final[Mapping[str, str]] = {
     "max_length": "max_sequence_length",
 }
 """Where in a document of the public form the content of ours stands, always."""
+
+_WORDS: Final = {"operations": get_args(Operation), "outputs": get_args(Output), "inputs": get_args(Input)}
 
 _NO_PLACES: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -183,20 +185,29 @@ def in_their_words(error: ConfigError, origins: Mapping[str, str]) -> ConfigErro
 
 
 def _narrow(fields: dict[str, Any], warnings: list[str]) -> None:
-    """Leave out what the family does not do: there the model's adapter does more than our family."""
+    """Leave out what the family does not do: there the model's adapter does more than our family.
+
+    What no family does stays, and so does what would leave nothing: it is refused where the model is read.
+    """
     family = FAMILIES.get(fields.get("family") or "")
     if family is None:
         return
     for field, does in family.does.items():
-        beyond = [one for one in fields.get(field, ()) if one not in does]
-        if not beyond:
-            continue
-        warnings.append(_ignored(f"{field} {', '.join(beyond)}", f"the family `{fields['family']}` has none"))
-        fields[field] = [one for one in fields[field] if one in does]
-        if not fields[field]:
-            del fields[field]
-        if field == "outputs":
-            fields["dims"] = {one: width for one, width in fields["dims"].items() if one in does}
+        _narrow_one(fields, field, does, warnings, "")
+    for name, profile in fields.get("profiles", {}).items():
+        _narrow_one(profile, "outputs", family.outputs, warnings, f" of profiles.{name}")
+    dims = fields.get("dims", {})
+    fields |= {"dims": {one: width for one, width in dims.items() if one in family.outputs}} if dims else {}
+
+
+def _narrow_one(part: dict[str, Any], field: str, does: Sequence[str], warnings: list[str], of: str) -> None:
+    named = part.get(field)
+    if not isinstance(named, list) or not all(one in _WORDS[field] for one in named):
+        return
+    beyond = [one for one in named if one not in does]
+    if beyond and len(beyond) < len(named):
+        part[field] = [one for one in named if one in does]
+        warnings.append(_ignored(f"{field} {', '.join(beyond)}{of}", "the model's family here has none"))
 
 
 def _source(model: _Model) -> dict[str, Any]:

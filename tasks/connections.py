@@ -125,7 +125,11 @@ class Connections:
             finally:
                 lock.release()
 
-        threading.Thread(target=run, name=name, daemon=True).start()
+        try:
+            threading.Thread(target=run, name=name, daemon=True).start()
+        except RuntimeError:  # no thread can be started
+            lock.release()
+            raise
 
     def _read_paces(self) -> None:
         self._paces_read_at = monotonic()

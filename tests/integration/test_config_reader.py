@@ -252,7 +252,7 @@ def test_a_reader_starts_after_a_fork(database_url: str, engine: Engine, tmp_pat
     publish(engine, spec("a"))
     program = """
 import os
-from config_db.reader import POLL_GAP_S, SnapshotReader
+from config_db.reader import SnapshotReader
 reader = SnapshotReader(sys.argv[1], poll_s=600, copy_path=None)
 child = os.fork()
 reader.start()
@@ -276,7 +276,7 @@ monkey.patch_all()
 import gevent
 from sqlalchemy import text
 from config_db.engine import open_engine
-from config_db.reader import POLL_GAP_S, SnapshotReader
+from config_db.reader import SnapshotReader
 blocker = open_engine(sys.argv[1]).connect()
 blocker.execute(text("lock table farm_epoch in access exclusive mode"))
 reader = SnapshotReader(sys.argv[1], poll_s=600, copy_path=None)

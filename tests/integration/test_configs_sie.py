@@ -135,12 +135,15 @@ def test_what_our_family_does_not_do_is_left_out_and_told(web: Web) -> None:
         "hf_id": "more/than-ours",
         "inputs": {"text": True, "image": True},
         "tasks": {"encode": {"dense": {"dim": 8}, "multivector": {"dim": 4}}, "score": {}},
-        "profiles": {"default": {"adapter_path": "sie_server.adapters.sentence_transformer:A"}},
+        "profiles": {
+            "default": {"adapter_path": "sie_server.adapters.sentence_transformer:A"},
+            "both": {"extends": "default", "adapter_options": {"runtime": {"output_types": ["dense", "sparse"]}}},
+        },
     }
     made = web.http.post(MODELS, json=document)
     assert made.status_code == 201, made.text
-    for field, beyond in (("operations", "score"), ("outputs", "multivector"), ("inputs", "image")):
-        assert f"{field} {beyond} is ignored: the family `dense` has none" in made.json()["warnings"]
+    for ignored in ("operations score", "outputs multivector", "inputs image", "outputs sparse of profiles.both"):
+        assert f"{ignored} is ignored: the model's family here has none" in made.json()["warnings"]
     became = shown(web, "more/than-ours")
     assert became["dims"] == {"dense": 8}
     assert not {"operations", "outputs", "inputs"} & became.keys()
@@ -182,6 +185,12 @@ def options(profile: str = "default", **runtime: Any) -> dict[str, Any]:
         ({"hf_id": None}, "hf_id"),
         (options(pooling="middle"), "profiles.default.adapter_options.runtime.pooling"),
         (options(query_template="no text"), "profiles.default.adapter_options.runtime.query_template"),
+        (options(output_types="dense"), "profiles.default.adapter_options.runtime.output_types"),
+        (options(output_types=5), "profiles.default.adapter_options.runtime.output_types"),
+        (options(output_types=[1]), "profiles.default.adapter_options.runtime.output_types[0]"),
+        (options(output_types=["dens"]), "profiles.default.adapter_options.runtime.output_types[0]"),
+        (options(output_types=["sparse"]), "profiles.default.adapter_options.runtime.output_types"),
+        ({"tasks": {"encode": {"sparse": {}}}}, "tasks"),
         (options(normalize="yes"), "profiles.default.adapter_options.runtime.normalize"),
         (options("v1", doc_template="no text"), "profiles.v1.adapter_options.runtime.doc_template"),
         (options("v1", lora_id="../x"), "profiles.v1.adapter_options.runtime.lora_id"),

@@ -83,6 +83,19 @@ def test_every_fault_of_every_file_is_found(tmp_path: Path) -> None:
     assert any("did you mean `dense`?" in str(fault) for fault in found.faults)
 
 
+def test_what_a_model_of_an_unknown_family_does_is_held_against_none(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        a="id: a\nfamily: cros-encoder\nsource: {hub: a}\noperations: [score]\noutputs: [score]\nmax_length: 0\n",
+        b="id: b\nsource: {hub: a}\noperations: [extract]\noutputs: [json]\ndims: {sparse: 3}\n",
+    )
+    assert {(fault.file, fault.param) for fault in found.faults} == {
+        ("a.yaml", "family"),
+        ("a.yaml", "max_length"),
+        ("b.yaml", "family"),
+    }
+
+
 def test_a_fault_in_a_list_says_which_model(tmp_path: Path) -> None:
     found = read(
         tmp_path,

@@ -1,7 +1,7 @@
 """What a model is: its profiles, its digest, and that nothing gets lost between spec and JSON."""
 
 import json
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 import pytest
@@ -249,6 +249,9 @@ def test_a_row_that_makes_no_spec_even_so_is_told(content: dict[str, Any]) -> No
 def test_a_row_of_the_release_before_has_its_placement_at_the_top() -> None:
     content = {"id": "m", "family": "dense", "source": {"path": "/"}, "pinned": True, "machine_profiles": ["l4"]}
     assert read_row("m", content).placement == Placement(pinned=True, machine_profiles=("l4",))
+    for broken in ({**content, "placement": None}, None, []):
+        with pytest.raises(msgspec.ValidationError):
+            read_row("m", cast("Any", broken))
     both = content | {"placement": {"pinned": False, "tier": "device"}}
     assert read_row("m", both).placement == Placement(tier="device", machine_profiles=("l4",))
 
