@@ -39,7 +39,7 @@ $(SDK): tests/sdk/requirements.txt $(INSTALLED)
 	@touch $@
 
 test: $(INSTALLED) $(SDK) ## run every test, on real servers that start with them
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile  # most of a test is waiting: three keep two cores busy
 
 check: $(INSTALLED) ## format, lint, types, imports
 	$(BIN)/ruff format --check .
