@@ -38,9 +38,8 @@ $(SDK): tests/sdk/requirements.txt $(INSTALLED)
 	@$(@D)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --ignore-requires-python sie-sdk==0.10.1
 	@touch $@
 
-# Half of a test's time is waiting: three processes keep two cores busy.
 test: $(INSTALLED) $(SDK) ## run every test, on real servers that start with them
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED) ## format, lint, types, imports
 	$(BIN)/ruff format --check .

@@ -100,6 +100,7 @@ class Watchers:
                     f"this process serves {self._most} watchers and takes no more now", retry_after_s=RETRY_AFTER_S
                 )
             self._accepting += 1
+        watcher: Server | None = None
         try:
             watcher = Server.accept(
                 _plain(environ),
@@ -110,13 +111,12 @@ class Watchers:
         except (RemoteProtocolError, HandshakeError, OSError) as error:
             raise RequestError(f"this is no WebSocket handshake: {error}") from error
         finally:
-            with self._lock:
+            with self._lock:  # in one step, so that it has its place all the while
                 self._accepting -= 1
+                if watcher is not None:
+                    self._open.add(watcher)
         watcher.sock.bound()
-        with self._lock:
-            self._open.add(watcher)
-            is_late = self._is_closed
-        if is_late:
+        if self._is_closed:
             _end(watcher, CloseReason.GOING_AWAY)
         return watcher
 
