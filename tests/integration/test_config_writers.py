@@ -241,7 +241,7 @@ def test_a_writer_killed_inside_its_transaction_leaves_no_trace(
 
 def hold_the_lock(url: str) -> NoReturn:
     """A writer's process that takes the lock and says no more; others give it up sooner here than in earnest."""
-    config_db.epochs.IDLE_S = 1  # type: ignore[misc]
+    config_db.epochs.IDLE_S = 1  # type: ignore[misc]  # a constant, and too long to wait for
     with transaction(open_engine(url)) as session:
         lock_epoch(session)
         print("inside", flush=True)  # noqa: T201 - to the test
