@@ -197,7 +197,9 @@ def _narrow(fields: dict[str, Any], warnings: list[str]) -> None:
     for name, profile in fields.get("profiles", {}).items():
         _narrow_one(profile, "outputs", family.outputs, warnings, f" of profiles.{name}")
     dims = fields.get("dims", {})
-    fields |= {"dims": {one: width for one, width in dims.items() if one in family.outputs}} if dims else {}
+    for output in [one for one in dims if one not in family.outputs]:
+        del dims[output]
+        warnings.append(_ignored(f"tasks.encode.{output}", "the model's family here has none"))
 
 
 def _narrow_one(part: dict[str, Any], field: str, does: Sequence[str], warnings: list[str], of: str) -> None:

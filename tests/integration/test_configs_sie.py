@@ -142,7 +142,13 @@ def test_what_our_family_does_not_do_is_left_out_and_told(web: Web) -> None:
     }
     made = web.http.post(MODELS, json=document)
     assert made.status_code == 201, made.text
-    for ignored in ("operations score", "outputs multivector", "inputs image", "outputs sparse of profiles.both"):
+    for ignored in (
+        "operations score",
+        "outputs multivector",
+        "inputs image",
+        "outputs sparse of profiles.both",
+        "tasks.encode.multivector",
+    ):
         assert f"{ignored} is ignored: the model's family here has none" in made.json()["warnings"]
     became = shown(web, "more/than-ours")
     assert became["dims"] == {"dense": 8}

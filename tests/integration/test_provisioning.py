@@ -30,13 +30,6 @@ def web(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[FarmClient]:
-    client = FarmClient(redis_url, queue_limit=10, result_ttl_s=60)
-    yield client
-    client.close()
-
-
-@pytest.fixture
 def store(redis_url: str) -> Iterator["redis.Redis"]:
     with redis.Redis.from_url(redis_url) as store:
         yield store
